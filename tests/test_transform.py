@@ -1,0 +1,169 @@
+"""``@transform``: hyperparameters, ranges, and transforms as values."""
+
+import copy
+import inspect
+import pickle
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+from annotated_types import Gt, Interval
+from torch import Tensor
+
+from gradchain import Group, clamp, clip_by_norm, keep_top_q, normalize, project_box, project_hyperplane, scale, sign
+from gradchain import transform as make_transform
+
+
+@make_transform
+def power(
+    tensor: Tensor,
+    group: Group,
+    exponent: Annotated[float, Gt(0)],
+    offset: Annotated[float, Interval(ge=-1, le=1)] = 0.0,
+    *,
+    mode: Literal["odd", "even"] = "odd",
+    times: int = 1,
+) -> Tensor:
+    """Raise to a power."""
+    result = tensor.abs() ** exponent + offset
+    return times * (result * tensor.sgn() if mode == "odd" else result)
+
+
+X = torch.tensor([-2.0, 3.0])
+
+
+def test_group_key_wins_over_default() -> None:
+    squared = power(2.0)
+    assert squared(X, {}).tolist() == [-4.0, 9.0]
+    assert squared(X, {"power.exponent": 1.0}).tolist() == [-2.0, 3.0]
+    assert squared(X, {"power.exponent": 1.0, "power.offset": 1.0, "other": 0}).tolist() == [-3.0, 4.0]
+
+
+def test_options_are_not_read_from_the_group() -> None:
+    assert power(2.0, mode="even")(X, {"power.mode": "odd", "power.times": 3}).tolist() == [4.0, 9.0]
+
+
+def test_factory_keeps_the_name_doc_and_signature_of_its_function() -> None:
+    assert power.__name__ == "power"
+    assert power.__doc__ == "Raise to a power."
+    assert list(inspect.signature(power).parameters) == ["exponent", "offset", "mode", "times"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exponent": 0.0}, "power.exponent must be > 0, got 0.0"),
+        ({"exponent": float("nan")}, "power.exponent must be > 0, got nan"),
+        ({"exponent": 1, "offset": 2}, "power.offset must be <= 1, got 2"),
+        ({"exponent": torch.tensor(-1.0)}, "power.exponent must be > 0, got tensor"),
+    ],
+)
+def test_value_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        power(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exponent": "2"}, "power.exponent must be a number, got '2'"),
+        ({"exponent": True}, "power.exponent must be a number, got True"),
+        ({"exponent": None}, "power.exponent must be a number, got None"),
+        ({"exponent": 1, "times": 1.5}, r"power.times must be an integer, got 1.5"),
+        ({"exponent": 1, "mode": "both"}, "power.mode must be 'odd' or 'even', got 'both'"),
+        ({}, "power: missing a required argument: 'exponent'"),
+        ({"exponent": 1, "base": 2}, "power: got an unexpected keyword argument 'base'"),
+    ],
+)
+def test_argument_of_wrong_type(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        power(**arguments)
+
+
+def test_group_value_out_of_range() -> None:
+    with pytest.raises(ValueError, match="clip_by_norm.max_norm must be > 0, got -1"):
+        clip_by_norm(1.0)(X, {"clip_by_norm.max_norm": -1})
+    with pytest.raises(ValueError, match="clamp: needs min <= max, got min=2 and max=1"):
+        clamp(-1, 1)(X, {"clamp.min": 2})
+
+
+def test_tensor_hyperparameters_are_used_as_they_are() -> None:
+    clip = clip_by_norm(1.0)
+    assert torch.allclose(clip(X, {"clip_by_norm.max_norm": torch.tensor(2.0)}).norm(), torch.tensor(2.0))
+
+
+def test_named_moves_the_keys() -> None:
+    clip = clip_by_norm(1.0).named("short")
+    assert clip.hyperparameters == {"short.max_norm": 1.0}
+    assert clip(X, {"clip_by_norm.max_norm": 0.1, "short.max_norm": 2.0}).norm().item() == pytest.approx(2.0)
+    assert repr(clip) == "clip_by_norm(max_norm=1.0).named('short')"
+    assert clip != clip_by_norm(1.0)
+    with pytest.raises(TypeError, match="needs a non-empty string, got ''"):
+        clip.named("")
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        (sign(), "sign()"),
+        (clip_by_norm(1.0), "clip_by_norm(max_norm=1.0)"),
+        (clip_by_norm(1.0, ord=1), "clip_by_norm(max_norm=1.0, ord=1)"),
+        (normalize(2.0), "normalize()"),
+        (clamp(max=2), "clamp(max=2)"),
+        (project_box(torch.tensor([0.0, 1.0]), 2.0), "project_box(lower=tensor([0., 1.]), upper=2.0)"),
+    ],
+)
+def test_prints_as_the_call_that_made_it(value: object, printed: str) -> None:
+    assert repr(value) == printed
+
+
+def test_transforms_are_values() -> None:
+    assert clip_by_norm(1.0) == clip_by_norm(1) != clip_by_norm(2.0)
+    assert clip_by_norm(1.0) != clip_by_norm(1.0, ord=1)
+    assert scale(1.0) != clip_by_norm(1.0)
+    assert len({clip_by_norm(1.0), clip_by_norm(1), sign(), sign()}) == 2
+    planes = [project_hyperplane(torch.tensor(a), 0.0) for a in ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0])]
+    assert planes[0] == planes[1] != planes[2]
+    assert len(set(planes)) == 2
+    generator = torch.Generator()
+    assert keep_top_q(0.5, generator=generator) == keep_top_q(0.5, generator=generator)
+
+
+@pytest.mark.parametrize("value", [sign(), clip_by_norm(1.0).named("a"), project_hyperplane(torch.ones(3), 1.0)])
+def test_copies_are_equal(value: object) -> None:
+    for copied in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+        assert copied == value
+        assert hash(copied) == hash(value)
+
+
+def test_transforms_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError, match="cannot assign to field 'prefix'"):
+        clip_by_norm(1.0).prefix = "a"  # type: ignore[misc]
+
+
+def test_half_precision_reaches_the_function_as_float32() -> None:
+    seen = []
+
+    @make_transform
+    def spy(tensor: Tensor, group: Group) -> Tensor:
+        seen.append((tensor.dtype, group["param"].dtype))
+        param: Tensor = group["param"]
+        return tensor + param
+
+    half = torch.ones(2, dtype=torch.bfloat16)
+    assert spy()(half, {"param": half}).dtype is torch.bfloat16
+    assert spy()(half.double(), {"param": half.double()}).dtype is torch.float64
+    assert seen == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
+
+
+def test_empty_tensors_do_not_reach_the_function() -> None:
+    @make_transform
+    def largest(tensor: Tensor, group: Group) -> Tensor:
+        return tensor - tensor.amax()
+
+    assert largest()(torch.zeros(2, 0), {}).shape == (2, 0)
+
+
+def test_inference_tensors() -> None:
+    with torch.inference_mode():
+        assert sign()(torch.tensor([-2.0]), {}).item() == -1.0
