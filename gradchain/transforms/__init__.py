@@ -1,0 +1,1 @@
+"""The catalogue: one small family of transforms a file. Every name is exported by ``gradchain`` itself."""
