@@ -1,0 +1,44 @@
+"""Every example runs, without warnings, and shows what it promises."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "quickstart.png"
+    said = run("quickstart.py", "--output", output)
+    assert is_png(output)
+    rows = [[float(share) for share in re.findall(r"([\d.]+)%", line)] for line in said.splitlines()]
+    tables = [row for row in rows if len(row) > 2]
+    assert len(tables) == 2
+    for accuracies in tables:
+        assert accuracies[0] > 95
+        assert accuracies[-1] < 5
+        assert accuracies == sorted(accuracies, reverse=True)
+
+
+def test_constrained(tmp_path: Path) -> None:
+    output = tmp_path / "constrained.png"
+    said = run("constrained.py", "--output", output)
+    assert is_png(output)
+    violation = {name: float(value) for name, value in re.findall(r"(\w+): .*violation (\S+)", said)}
+    assert violation["projected"] < 1e-5 < 0.1 < violation["free"]
+
+
+def test_pure_functions() -> None:
+    assert 'breaks the law "differentiable"' in run("pure_functions.py")
