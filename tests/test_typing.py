@@ -43,7 +43,7 @@ chain(lambda tensor: tensor)  # bad
 def run(checker: str, path: Path) -> str:
     commands = {
         "mypy": ["mypy", "--strict", "--no-error-summary", "--cache-dir", str(path.parent / "cache")],
-        "pyright": ["basedpyright"],
+        "pyright": ["basedpyright", "--pythonpath", sys.executable],
     }
     command, *options = commands[checker]
     executable = Path(sys.executable).parent / command
