@@ -1,0 +1,212 @@
+import itertools
+import re
+from collections.abc import Callable
+from math import inf, sqrt
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, tensor
+from torch.linalg import vector_norm
+from torch.testing import assert_close
+
+import gradchain as gc
+from gradchain import Group, Transform, broadcast
+from gradchain.transform import BoundTransform
+from tests.strategies import tensors
+
+T = tensor([-2.0, 0.5, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("transform", "group", "expected"),
+    [
+        (gc.project_nonnegative(), {}, [0.0, 0.5, 3.0]),
+        (gc.project_box(-1, 2), {}, [-1.0, 0.5, 2.0]),
+        (gc.project_box(-1, tensor([0.0, 0.0, 4.0])), {}, [-1.0, 0.0, 3.0]),
+        (gc.project_box(-1, 2), {"project_box.lower": tensor([0.0, 1.0, 2.0])}, [0.0, 1.0, 2.0]),
+        (gc.project_linf_ball(1.0), {}, [-1.0, 0.5, 1.0]),
+        (gc.project_linf_ball(1.0), {"project_linf_ball.radius": 2.5}, [-2.0, 0.5, 2.5]),
+        (gc.project_l2_ball(sqrt(13.25) / 2), {}, [-1.0, 0.25, 1.5]),
+        (gc.project_l2_ball(1.0), {"project_l2_ball.radius": 4}, [-2.0, 0.5, 3.0]),
+        (gc.project_l2_sphere(2 * sqrt(13.25)), {}, [-4.0, 1.0, 6.0]),
+        (gc.project_l1_ball(2.0), {}, [-0.5, 0.0, 1.5]),
+        (gc.project_l1_ball(1.0), {"project_l1_ball.radius": 6}, [-2.0, 0.5, 3.0]),
+        (gc.project_l1_sphere(8.5), {}, [-3.0, 1.5, 4.0]),
+        (gc.project_simplex(3.5), {}, [0.0, 0.5, 3.0]),
+        (gc.project_simplex(), {}, [0.0, 0.0, 1.0]),
+        (gc.project_hyperplane(1.0, 0.0), {}, [-2.5, 0.0, 2.5]),
+        (gc.project_hyperplane(tensor([0.0, 0.0, 2.0]), 2.0), {}, [-2.0, 0.5, 1.0]),
+        (gc.project_halfspace(1.0, 0.0), {}, [-2.5, 0.0, 2.5]),
+        (gc.project_halfspace(1.0, 0.0), {"project_halfspace.b": 2}, [-2.0, 0.5, 3.0]),
+    ],
+)
+def test_by_hand(transform: Transform, group: Group, expected: list[float]) -> None:
+    assert_close(transform(T, group), tensor(expected))
+
+
+def cone(normal: Tensor, b: float, direction: Tensor, least: float) -> Tensor:
+    """The support of {x: <normal, x> <= b}: infinite but for the multiples of its normal from ``least`` on."""
+    factor = (direction * normal).sum() / normal.square().sum()
+    is_multiple = vector_norm(direction - factor * normal) <= 1e-9 * (1 + vector_norm(direction)) and factor >= least
+    return factor * b if is_multiple else tensor(inf)
+
+
+# Each convex set C, by its support function: the largest <d, x> of all x in C.
+SUPPORTS: list[tuple[Transform, Callable[[Tensor], Tensor]]] = [
+    (gc.project_nonnegative(), lambda d: tensor(inf if (d > 0).any() else 0.0)),
+    (gc.project_box(-0.5, 2.0), lambda d: torch.maximum(-0.5 * d, 2 * d).sum()),
+    (gc.project_linf_ball(2.0), lambda d: 2 * vector_norm(d, 1)),
+    (gc.project_l2_ball(2.0), lambda d: 2 * vector_norm(d)),
+    (gc.project_l1_ball(2.0), lambda d: 2 * vector_norm(d, inf)),
+    (gc.project_simplex(2.0), lambda d: 2 * d.amax()),
+    (gc.project_hyperplane(-2.0, 0.5), lambda d: cone(-2 * torch.ones_like(d), 0.5, d, -inf)),
+    (gc.project_halfspace(-2.0, 0.5), lambda d: cone(-2 * torch.ones_like(d), 0.5, d, 0)),
+]
+
+
+@pytest.mark.parametrize(("transform", "support"), SUPPORTS, ids=[repr(transform) for transform, _ in SUPPORTS])
+@given(t=tensors())
+def test_the_way_to_a_convex_set_is_normal_to_it(
+    transform: Transform, support: Callable[[Tensor], Tensor], t: Tensor
+) -> None:
+    """A point p of C is the nearest to t if, and only if, no x in C has <t - p, x> above <t - p, p>."""
+    projected = transform(t, {})
+    assert support(t - projected) <= ((t - projected) * projected).sum() + 1e-9 * (1 + t.square().sum())
+
+
+def on_simplex(t: Tensor, total: float) -> Tensor:
+    """The projection onto the simplex, by bisection for the amount to subtract."""
+    low, high = t.max() - total, t.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (t - middle).clamp_min(0).sum() > total else (low, middle)
+    return (t - low).clamp_min(0)
+
+
+@given(tensors())
+def test_simplex_and_l1_ball_agree_with_bisection(t: Tensor) -> None:
+    assert_close(gc.project_simplex(2.0)(t, {}), on_simplex(t, 2.0))
+    ball = t if vector_norm(t, 1) <= 2 else t.sign() * on_simplex(t.abs(), 2.0)
+    assert_close(gc.project_l1_ball(2.0)(t, {}), ball)
+
+
+@given(tensors(max_dims=1))
+def test_l1_sphere_is_as_near_as_its_nearest_face(t: Tensor) -> None:
+    signs = map(tensor, itertools.product([1.0, -1.0], repeat=t.numel()))
+    faces = [s.reshape(t.shape).double() for s in signs]
+    nearest = min(vector_norm(s * on_simplex(s * t, 2.0) - t).item() for s in faces)
+    projected = gc.project_l1_sphere(2.0)(t, {})
+    assert_close(vector_norm(projected, 1).item(), 2.0)
+    assert_close(vector_norm(projected - t).item(), nearest)
+
+
+@given(tensors())
+def test_l2_sphere_is_as_near_as_the_triangle_inequality_allows(t: Tensor) -> None:
+    projected = gc.project_l2_sphere(2.0)(t, {})
+    assert_close(vector_norm(projected).item(), 2.0)
+    assert_close(vector_norm(projected - t), (vector_norm(t) - 2).abs())
+
+
+def test_bounds_and_normals_broadcast_to_sub_tensors() -> None:
+    t, a = torch.randn(4, 3), tensor([1.0, -2.0, 0.5])
+    transforms = gc.project_box(-a.abs(), 0.0), gc.project_hyperplane(a, 1.0), gc.project_halfspace(a, 1.0)
+    for transform in transforms:
+        rows = torch.stack([transform(row, {}) for row in t])
+        assert_close(broadcast(transform, 1)(t, {}), rows)
+    assert_close(gc.project_hyperplane(a, 1.0)(t, {}), gc.project_hyperplane(a.expand(4, 3), 1.0)(t, {}))
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (gc.project_l2_ball(1.0), [0.6 + 0j, 0.8j]),
+        (gc.project_l2_sphere(10.0), [6 + 0j, 8j]),
+        (gc.project_l1_ball(2.0), [0.5 + 0j, 1.5j]),
+        (gc.project_l1_sphere(9.0), [4 + 0j, 5j]),
+        (gc.project_hyperplane(1.0, 0.0), [1.5 + 0j, -1.5 + 4j]),
+    ],
+)
+def test_complex(transform: Transform, expected: list[complex]) -> None:
+    assert_close(transform(tensor([3 + 0j, 4j]), {}), tensor(expected))
+
+
+@pytest.mark.parametrize("transform", [gc.project_l2_ball(1.0), gc.project_l2_sphere(1.0)])
+def test_half_precision_norms_neither_overflow_nor_lose_digits(transform: BoundTransform) -> None:
+    t = torch.full((17_500,), 600.0, dtype=torch.float16)  # of norm 79373; the largest float16 is 65504
+    assert_close(vector_norm(transform(t, {}).double()).item(), 1.0, rtol=1e-3, atol=0)
+    ones = torch.ones(7110, dtype=torch.bfloat16)  # of norm 84.32, in bfloat16 84.5, which would make 0.9922
+    radius = next(iter(transform.hyperparameters))
+    assert torch.equal(transform(ones, {radius: 84.0}), 0.99609375 * ones)
+
+
+@pytest.mark.parametrize("transform", [gc.project_simplex(), gc.project_l1_ball(1.0), gc.project_l1_sphere(1.0)])
+def test_sums_are_right_far_from_zero(transform: Transform) -> None:
+    t = 1e4 + torch.rand(100_000)
+    assert_close(transform(t, {}).double().sum().item(), 1.0, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("transform", [gc.project_l2_ball(inf), gc.project_linf_ball(inf), gc.project_l1_ball(inf)])
+def test_a_ball_of_infinite_radius_holds_everything(transform: Transform) -> None:
+    assert torch.equal(transform(T, {}), T)
+
+
+Z = tensor([1j])
+REAL_ONLY: list[Any] = [gc.project_nonnegative(), gc.project_box(0, 1), gc.project_linf_ball(1), gc.project_simplex()]
+
+
+@pytest.mark.parametrize("transform", REAL_ONLY, ids=repr)
+def test_real_only(transform: Transform) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"{transform!r} acts on real tensors, got torch.complex64")):
+        transform(Z, {})
+
+
+RADII = [gc.project_linf_ball, gc.project_l2_ball, gc.project_l2_sphere, gc.project_l1_ball, gc.project_l1_sphere]
+
+
+@pytest.mark.parametrize("factory", RADII, ids=lambda factory: factory.__name__)
+def test_radius_is_above_zero(factory: Any) -> None:
+    name = factory.__name__
+    with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be > 0, got 0")):
+        factory(0)
+    with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be > 0, got -1")):
+        factory(1)(T, {f"{name}.radius": -1})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gc.project_simplex(-1), ValueError, "project_simplex.scale must be > 0, got -1"),
+        (lambda: gc.project_l2_ball([1]), TypeError, "project_l2_ball.radius must be a number, got [1]"),  # type: ignore[arg-type]
+        (lambda: gc.project_box(1, 0), ValueError, "project_box: needs lower <= upper, got lower=1 and upper=0"),
+        (
+            lambda: gc.project_box(tensor([0.0, 2.0]), 1),
+            ValueError,
+            "project_box: needs lower <= upper, got lower=tensor([0., 2.]) and upper=1",
+        ),
+        (
+            lambda: gc.project_box(0, 1)(T, {"project_box.upper": -1}),
+            ValueError,
+            "project_box: needs lower <= upper, got lower=0 and upper=-1",
+        ),
+        (
+            lambda: gc.project_hyperplane(0.0, 1),
+            ValueError,
+            "project_hyperplane: needs a normal that is not zero, got a=0.0",
+        ),
+        (
+            lambda: gc.project_halfspace(tensor([0.0, 0.0]), 1),
+            ValueError,
+            "project_halfspace: needs a normal that is not zero, got a=tensor([0., 0.])",
+        ),
+        (
+            lambda: gc.project_halfspace("x", 1),  # type: ignore[arg-type]
+            TypeError,
+            "project_halfspace.a must be a number or a tensor, got 'x'",
+        ),
+    ],
+)
+def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
