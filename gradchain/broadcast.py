@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, overload
 
-import torch
 from torch import Tensor
+from torch.func import vmap
 
-from gradchain.chain import Chain, chain
+from gradchain.chain import Chain
 from gradchain.transform import (
     CONTEXT,
     BoundTransform,
+    Combinator,
+    Each,
     Group,
+    Stage,
+    State,
     Transform,
-    call_checked,
-    check_hyperparameters,
-    hyperparameters,
+    as_stage,
     require_transform,
     show,
 )
@@ -37,8 +38,8 @@ FROM_GROUP = FromGroup.FROM_GROUP
 @overload
 def broadcast(transform: Chain, param_ndim: int | FromGroup | None = FROM_GROUP) -> Chain: ...
 @overload
-def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GROUP) -> Transform: ...
-def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GROUP) -> Transform:
+def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GROUP) -> Stage: ...
+def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GROUP) -> Stage:
     """Map a transform over the sub-tensors of ``param_ndim`` dimensions.
 
     For a tensor of shape (d0, d1, d2, d3), the transform acts on each
@@ -67,7 +68,8 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
         ValueError: When called: ``|param_ndim|`` is larger than the number of dimensions of the tensor.
 
     Example:
-        >>> from gradchain import normalize
+        >>> import torch
+        >>> from gradchain import chain, normalize
         >>> rows = broadcast(normalize(), 1)
         >>> rows(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), {})
         tensor([[0.6000, 0.8000],
@@ -77,63 +79,106 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
     """
     if not isinstance(param_ndim, FromGroup):
         require_param_ndim(param_ndim)
-    if isinstance(transform, Chain):
-        return chain(*(broadcast(member, param_ndim) for member in transform))
     if isinstance(transform, Broadcast):
         return transform
+    if isinstance(transform, Combinator):
+        return transform.rebuild([broadcast(member, param_ndim) for member in transform.members])
     return Broadcast(require_transform(transform, "the argument of broadcast"), param_ndim)
 
 
-@dataclass(frozen=True, repr=False)
-class Broadcast:
+class Broadcast(Each):
     """A transform, mapped over sub-tensors. Made by ``broadcast``."""
 
-    transform: Transform
-    param_ndim: int | FromGroup | None
+    def __init__(self, transform: Transform, param_ndim: int | FromGroup | None) -> None:
+        stage = as_stage(transform)
+        assert isinstance(stage, Each)
+        self.transform = transform
+        self.param_ndim = param_ndim
+        self.stage = stage
+        self.hyperparameters = stage.hyperparameters
+        self.stateful = stage.stateful
 
-    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
-        definition = self.transform.definition if isinstance(self.transform, BoundTransform) else None
-        elementwise = definition is not None and definition.elementwise
-        if self.param_ndim is FROM_GROUP and definition is not None and (elementwise or definition.whole):
-            return call_checked(self.transform, tensor, group)
-        param_ndim = self._param_ndim(group)
-        if sub_ndim(tensor.ndim, param_ndim) == tensor.ndim or elementwise or tensor.numel() == 0:
-            return call_checked(self.transform, tensor, group)
-        context = {key: group[key] for key in CONTEXT if key in group}
-        for key, value in context.items():
-            if value.shape != tensor.shape:
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state: that of each sub-tensor, stacked."""
+        param_ndim = self._mapped_ndim(tensor, group)
+        if param_ndim is None:
+            return self.stage.init(tensor, group)
+
+        def init(sub_tensor: Tensor, sub_context: Group) -> State:
+            return self.stage.init(sub_tensor, {**group, **sub_context})
+
+        mapped: State = vmap(init, randomness="different")(to_batch(tensor, param_ndim), _batches(group, param_ndim))
+        return mapped
+
+    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
+        """What the transform measures, of the whole tensors."""
+        return self.stage.measure(tensors, groups)
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform each sub-tensor."""
+        param_ndim = self._mapped_ndim(tensor, group)
+        if param_ndim is None:
+            return self.stage.act(tensor, group, state)
+        for key in CONTEXT:
+            if key in group and group[key].shape != tensor.shape:
                 raise ValueError(
-                    f'group["{key}"] must have the shape {tuple(tensor.shape)} of the tensor, got {tuple(value.shape)}'
+                    f'group["{key}"] must have the shape {tuple(tensor.shape)} of the tensor, '
+                    f"got {tuple(group[key].shape)}"
                 )
-        batches = {key: to_batch(value, param_ndim) for key, value in context.items()}
 
-        def act(sub_tensor: Tensor, sub_context: Group) -> Tensor:
-            return call_checked(self.transform, sub_tensor, {**group, **sub_context})
+        def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
+            return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
 
-        mapped = torch.func.vmap(act, randomness="different")(to_batch(tensor, param_ndim), batches)
-        return mapped.reshape(tensor.shape)
-
-    def _param_ndim(self, group: Group) -> int | None:
-        if not isinstance(self.param_ndim, FromGroup):
-            return self.param_ndim
-        if "param_ndim" not in group:
-            raise ValueError(
-                f'{self!r} reads group["param_ndim"], which is not there; give it here: broadcast(..., param_ndim)'
-            )
-        return require_param_ndim(group["param_ndim"])
-
-    @property
-    def hyperparameters(self) -> Mapping[str, Any]:
-        """The default of every hyperparameter, by its key in a group."""
-        return hyperparameters(self.transform)
+        batches = to_batch(tensor, param_ndim), _batches(group, param_ndim), state
+        try:
+            mapped, new_state = vmap(act, randomness="different")(*batches)
+        except RuntimeError as error:
+            if "vmap:" in str(error):
+                error.args = (
+                    f"{error} Sub-tensors are mapped with torch.func.vmap: write torch.where for if, and no .item(); "
+                    f"or act on the whole tensor, broadcast({show(self.transform)}, None).",
+                )
+            raise
+        return mapped.reshape(tensor.shape), new_state
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
-        check_hyperparameters(self.transform, group)
+        self.stage.check(group)
+
+    def _mapped_ndim(self, tensor: Tensor, group: Group) -> int | None:
+        """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
+        definition = self.transform.definition if isinstance(self.transform, BoundTransform) else None
+        elementwise = definition is not None and definition.elementwise
+        param_ndim = self.param_ndim
+        if isinstance(param_ndim, FromGroup):
+            if definition is not None and (elementwise or definition.whole):
+                return None
+            if "param_ndim" not in group:
+                raise ValueError(
+                    f'{self!r} reads group["param_ndim"], which is not there; give it here: broadcast(..., param_ndim)'
+                )
+            param_ndim = require_param_ndim(group["param_ndim"])
+        ndim = sub_ndim(tensor.ndim, param_ndim)
+        return None if elementwise or ndim == tensor.ndim or tensor.numel() == 0 else ndim
 
     def __repr__(self) -> str:
         param_ndim = "" if self.param_ndim is FROM_GROUP else f", param_ndim={self.param_ndim}"
         return f"broadcast({show(self.transform)}{param_ndim})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Broadcast):
+            return NotImplemented
+        return (self.transform, self.param_ndim) == (other.transform, other.param_ndim)
+
+    def __hash__(self) -> int:
+        return hash(("broadcast", self.transform, self.param_ndim))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return broadcast, (self.transform, self.param_ndim)
+
+
+def _batches(group: Group, param_ndim: int) -> Group:
+    return {key: to_batch(group[key], param_ndim) for key in CONTEXT if key in group}
 
 
 def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
@@ -146,6 +191,7 @@ def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
         ValueError: ``|param_ndim|`` is larger than ``tensor.ndim``.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(2, 3, 4, 5)
         >>> [tuple(to_batch(x, param_ndim).shape) for param_ndim in (0, 1, 2, -1, None)]
         [(120, 1), (24, 5), (6, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)]
@@ -159,6 +205,7 @@ def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
 
 def sub_ndim(ndim: int, param_ndim: int | None) -> int:
     """The number of dimensions of the sub-tensors that ``param_ndim`` chooses in a tensor of ``ndim`` dimensions."""
+    param_ndim = require_param_ndim(param_ndim)
     if param_ndim is None:
         return ndim
     if abs(param_ndim) > ndim:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 from torch import Tensor
 
-from gradchain.transform import (
-    Group,
-    Transform,
-    call_checked,
-    check_hyperparameters,
-    locate,
-    merge_hyperparameters,
-    require_transform,
-    show,
-)
+from gradchain.transform import Combinator, Group, State, Transform, locate, show
 
 
 def chain(*transforms: Transform) -> Chain:
     """Compose transforms, applied from left to right.
+
+    A chain with stateful members is stateful: its state holds those of its members, by their position.
 
     Args:
         transforms: Any callables ``(tensor, group) -> tensor``. A chain among them is taken apart into its members,
@@ -42,67 +35,63 @@ def chain(*transforms: Transform) -> Chain:
         tensor([2., 0.])
     """
     members: list[Transform] = []
-    for index, member in enumerate(transforms):
-        if isinstance(member, Chain):
-            members.extend(member)
-        else:
-            members.append(require_transform(member, f"member {index} of a chain"))
-    return Chain(tuple(members))
+    for member in transforms:
+        members.extend(member if isinstance(member, Chain) else [member])
+    return Chain(members)
 
 
-class Chain(Sequence[Transform]):
+class Chain(Combinator, Sequence[Transform]):
     """Transforms in order: itself a transform, and an immutable sequence of its members. Made by ``chain``."""
 
-    def __init__(self, members: tuple[Transform, ...]) -> None:
-        self._members = members
-        self.hyperparameters = merge_hyperparameters(self.places())
+    name = "a chain"
 
-    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
-        for index, member in enumerate(self._members):
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first states of the stateful members, by their position."""
+        return {str(i): stage.init(tensor, group) for i, stage in enumerate(self.stages) if stage.stateful}
+
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Run all tensors through one stage after the other, so that each stage can measure all of them."""
+        new_states: list[State] = [{} for _ in tensors]
+        for index, stage in enumerate(self.stages):
+            key = str(index)
             try:
-                tensor = call_checked(member, tensor, group)
+                stage_states = [state[key] if stage.stateful else {} for state in states]
+                tensors, stage_states = stage.run(tensors, groups, stage_states)
             except Exception as error:
-                locate(error, self._place(index))
+                locate(error, self.place(index))
                 raise
-        return tensor
+            if stage.stateful:
+                for new_state, stage_state in zip(new_states, stage_states, strict=True):
+                    new_state[key] = stage_state
+        return list(tensors), new_states
 
-    def check(self, group: Group) -> None:
-        """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
-        for index, member in enumerate(self._members):
-            try:
-                check_hyperparameters(member, group)
-            except (TypeError, ValueError) as error:
-                locate(error, self._place(index))
-                raise
-
-    def places(self) -> list[tuple[str, Transform]]:
-        """The members, each with the words that say where it is."""
-        return [(self._place(index), member) for index, member in enumerate(self._members)]
-
-    def _place(self, index: int) -> str:
-        return f"stage {index}, {show(self._members[index])}"
+    def rebuild(self, members: Iterable[Transform]) -> Chain:
+        """A chain of other members."""
+        return chain(*members)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.members)
 
     @overload
     def __getitem__(self, index: int) -> Transform: ...
     @overload
     def __getitem__(self, index: slice) -> Chain: ...
     def __getitem__(self, index: int | slice) -> Transform | Chain:
-        return Chain(self._members[index]) if isinstance(index, slice) else self._members[index]
+        return Chain(self.members[index]) if isinstance(index, slice) else self.members[index]
 
     def __iter__(self) -> Iterator[Transform]:
-        return iter(self._members)
+        return iter(self.members)
 
     def __repr__(self) -> str:
-        return f"chain({', '.join(map(show, self._members))})"
+        return f"chain({', '.join(map(show, self.members))})"
 
     def __eq__(self, other: object) -> bool:
-        return self._members == other._members if isinstance(other, Chain) else NotImplemented
+        return self.members == other.members if isinstance(other, Chain) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(("chain", self._members))
+        return hash(("chain", self.members))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return chain, self._members
+        return chain, self.members

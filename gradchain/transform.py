@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Concatenate,
-    Literal,
-    ParamSpec,
-    Protocol,
-    TypeAlias,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-    overload,
-)
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_type_hints, overload
 
-import annotated_types
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from gradchain._ranges import validate
 
 P = ParamSpec("P")
 
 Group: TypeAlias = dict[str, Any]
 """A param group: hyperparameters by key and, as context, ``"param"`` and ``"grad"``, shaped like the tensor."""
+
+State: TypeAlias = dict[str, Any]
+"""What a stateful transform remembers from step to step: a dict of tensors, or of such dicts."""
 
 CONTEXT = ("param", "grad")
 
@@ -62,15 +51,30 @@ class TransformFactory(Protocol[P]):
 def transform(function: Callable[Concatenate[Tensor, Group, P], Tensor], /) -> TransformFactory[P]: ...
 @overload
 def transform(
-    *, elementwise: bool = False, whole: bool = False, real_only: bool = False
-) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
-def transform(
-    function: Callable[..., Tensor] | None = None,
-    /,
     *,
     elementwise: bool = False,
     whole: bool = False,
     real_only: bool = False,
+    measure: Callable[..., Group] | None = None,
+) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
+@overload
+def transform(
+    *,
+    init: Callable[..., State],
+    elementwise: bool = False,
+    whole: bool = False,
+    real_only: bool = False,
+    measure: Callable[..., Group] | None = None,
+) -> Callable[[Callable[Concatenate[Tensor, Group, State, P], tuple[Tensor, State]]], TransformFactory[P]]: ...
+def transform(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    init: Callable[..., State] | None = None,
+    elementwise: bool = False,
+    whole: bool = False,
+    real_only: bool = False,
+    measure: Callable[..., Group] | None = None,
 ) -> Any:
     """Turn a pure function ``(tensor, group, ...) -> tensor`` into a factory of transforms.
 
@@ -83,12 +87,17 @@ def transform(
     without elements never reaches it: the result is empty too.
 
     Args:
+        init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
+            tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)``.
         elementwise: Each element of the result depends on that element alone, so that no reshaping is needed.
         whole: The formula itself says which dimensions it acts on. The ``param_ndim`` of a group is not for it; an
             explicit ``broadcast(t, param_ndim)`` is.
         real_only: Complex tensors are a ``TypeError``.
+        measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
+            a dict that the function finds in its group.
 
     Example:
+        >>> from typing import Annotated
         >>> from annotated_types import Gt
         >>> @transform
         ... def soft_sign(tensor: Tensor, group: Group, softness: Annotated[float, Gt(0)]) -> Tensor:
@@ -100,23 +109,259 @@ def transform(
         tensor([-0.5000,  0.7500])
         >>> soft(torch.tensor([-1.0, 3.0]), {"soft_sign.softness": 3.0})
         tensor([-0.2500,  0.5000])
+
+        >>> def zero(tensor: Tensor, group: Group) -> dict[str, Tensor]:
+        ...     return {"total": torch.zeros_like(tensor)}
+        >>> @transform(init=zero)
+        ... def cumulate(tensor: Tensor, group: Group, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        ...     total = state["total"] + tensor
+        ...     return total, {"total": total}
+        >>> x, group = torch.tensor([1.0, 2.0]), {}
+        >>> state = cumulate().init(x, group)
+        >>> _, state = cumulate().update(x, group, state)
+        >>> cumulate().update(x, group, state)[0]
+        tensor([2., 4.])
     """
 
-    def decorate(function: Callable[..., Tensor]) -> TransformFactory[...]:
-        return _Definition(function, elementwise, whole, real_only).factory
+    def decorate(function: Callable[..., Any]) -> TransformFactory[...]:
+        return _Definition(function, init, elementwise, whole, real_only, measure).factory
 
     return decorate if function is None else decorate(function)
+
+
+class Stage(ABC):
+    """What chains are made of: a transform with hyperparameters and, maybe, with state."""
+
+    hyperparameters: Mapping[str, Any]
+    """The default of every hyperparameter, by its key in a group."""
+
+    stateful: bool
+
+    @abstractmethod
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+
+    @abstractmethod
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform all tensors of an optimizer, each with its group and state; nothing is written to."""
+
+    @abstractmethod
+    def check(self, group: Group) -> None:
+        """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
+
+    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
+        if self.stateful:
+            raise TypeError(
+                f"{show(self)} has a state, so a call needs and returns it: "
+                "state = t.init(tensor, group); tensor, state = t.update(tensor, group, state)"
+            )
+        return self.update(tensor, group, {})[0]
+
+    def update(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, and return the result with the next state."""
+        (result,), (new_state,) = self.run([tensor], [group], [state])
+        return result, new_state
+
+
+class Each(Stage):
+    """A stage that measures all tensors at most, and then acts on each by itself."""
+
+    @abstractmethod
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, given what was measured."""
+
+    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
+        """What ``act`` finds in its group about all tensors."""
+        return {}
+
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform all tensors, one after the other."""
+        view = self.measure(tensors, groups)
+        results, new_states = [], []
+        for tensor, group, state in zip(tensors, groups, states, strict=True):
+            try:
+                result, new_state = self.act(tensor, {**group, **view}, state)
+            except Exception as error:
+                error.failed_group = group  # type: ignore[attr-defined] # the optimizer knows which parameter it is
+                raise
+            results.append(result)
+            new_states.append(new_state)
+        return results, new_states
+
+
+class Function(Each):
+    """A plain callable, as a stage."""
+
+    stateful = False
+
+    def __init__(self, function: Transform) -> None:
+        self.function = function
+        self.hyperparameters = {}
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """There is no state."""
+        return {}
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Call the function."""
+        return _call_checked(self.function, lambda: self.function(tensor, group), tensor, group), state
+
+    def check(self, group: Group) -> None:
+        """There are no hyperparameters."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundTransform(Each):
+    """A transform made by a factory: a value that compares, hashes, pickles and prints as the call that made it."""
+
+    definition: _Definition
+    arguments: Mapping[str, Any]
+    prefix: str
+    hyperparameters: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        defaults = {f"{self.prefix}.{name}": self.arguments[name] for name in self.definition.hyperparameters}
+        object.__setattr__(self, "hyperparameters", defaults)
+
+    @property
+    def stateful(self) -> bool:  # type: ignore[override]
+        """Whether it remembers something from step to step."""
+        return self.definition.init is not None
+
+    def named(self, prefix: str) -> BoundTransform:
+        """Keep the hyperparameters under ``"<prefix>.<parameter>"``, apart from those of another such transform.
+
+        Example:
+            >>> from gradchain import clamp
+            >>> clamp(-1, 1).named("grad").hyperparameters
+            {'grad.min': -1, 'grad.max': 1}
+        """
+        if not (isinstance(prefix, str) and prefix):
+            raise TypeError(f"{self!r}.named(prefix) needs a non-empty string, got {prefix!r}")
+        return replace(self, prefix=prefix)
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        if self.definition.init is None:
+            return {}
+        return self.definition.init(*self._widen(tensor, group), **self._read(group))
+
+    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
+        """What ``act`` finds in its group about all tensors; the arguments are those of the first group."""
+        if self.definition.measure is None or not tensors:
+            return {}
+        return self.definition.measure(tensors, **self._read(groups[0]))
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Call the function."""
+        if self.definition.real_only and tensor.is_complex():
+            raise TypeError(
+                f"{self!r} acts on real tensors, got {tensor.dtype}; apply it to torch.view_as_real(tensor)"
+            )
+        wide, wide_group = self._widen(tensor, group)
+        function = self.definition.function
+        real = wide.real.dtype
+        arguments = {
+            name: value.to(real) if isinstance(value, Tensor) and value.ndim == 0 else value
+            for name, value in self._read(group).items()
+        }
+        new_state = state
+
+        def call() -> Tensor:
+            nonlocal new_state
+            if not self.stateful:
+                return cast("Tensor", function(wide, wide_group, **arguments))
+            result = function(wide, wide_group, state, **arguments)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+                raise TypeError(f"{self!r} must return (tensor, state), got {type(result).__name__}")
+            new_state = result[1]
+            return cast("Tensor", result[0])
+
+        return _call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
+
+    def check(self, group: Group) -> None:
+        """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
+        self.definition.validate({**self.arguments, **self._overrides(group)}, self.prefix)
+
+    def _widen(self, tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
+        dtype = _COMPUTE_DTYPE.get(tensor.dtype)
+        if dtype is None:
+            return tensor, group
+        return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
+
+    def _overrides(self, group: Group) -> dict[str, Any]:
+        # Names and keys are in the same order. Identity suffices: in an optimizer, groups hold the defaults themselves.
+        named = zip(self.definition.hyperparameters, self.hyperparameters.items(), strict=True)
+        return {name: group[key] for name, (key, default) in named if group.get(key, default) is not default}
+
+    def _read(self, group: Group) -> Mapping[str, Any]:
+        overrides = self._overrides(group)
+        if not overrides:
+            return self.arguments
+        arguments = {**self.arguments, **overrides}
+        # Reading a tensor's value would synchronise the device and break graphs; factory and adapter have checked it.
+        self.definition.validate(arguments, self.prefix, read_tensors=False)
+        return arguments
+
+    def __repr__(self) -> str:
+        parameters = self.definition.signature.parameters
+        given = [f"{n}={_show_value(v)}" for n, v in self.arguments.items() if not _same(v, parameters[n].default)]
+        suffix = "" if self.prefix == self.definition.name else f".named({self.prefix!r})"
+        return f"{self.definition.name}({', '.join(given)}){suffix}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoundTransform):
+            return NotImplemented
+        return (
+            self.definition is other.definition
+            and self.prefix == other.prefix
+            and all(_same(value, other.arguments[name]) for name, value in self.arguments.items())
+        )
+
+    def __hash__(self) -> int:
+        values = (None if isinstance(v, Tensor | Generator) else v for v in self.arguments.values())
+        return hash((self.definition.name, self.prefix, *values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix)
+
+
+def _rebuild(factory: Any, arguments: dict[str, Any], prefix: str) -> BoundTransform:
+    return BoundTransform(factory.definition, arguments, prefix)
 
 
 class _Definition:
     """A decorated function, with everything that is known about it before it is called."""
 
-    def __init__(self, function: Callable[..., Tensor], elementwise: bool, whole: bool, real_only: bool) -> None:
-        parameters = list(inspect.signature(function).parameters.values())[2:]
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        init: Callable[..., State] | None,
+        elementwise: bool,
+        whole: bool,
+        real_only: bool,
+        measure: Callable[..., Group] | None,
+    ) -> None:
+        given = 2 if init is None else 3
+        parameters = list(inspect.signature(function).parameters.values())
+        by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        if len(parameters) < given or any(p.kind not in by_keyword for p in parameters[given:]):
+            first = "tensor, group" if init is None else "tensor, group, state"
+            raise TypeError(
+                f"{function.__name__} must be a function of ({first}), hyperparameters that can be given by keyword, "
+                f"and options after *; got {inspect.signature(function)}"
+            )
+        parameters = parameters[given:]
         self.function = function
+        self.init = init
         self.elementwise = elementwise
         self.whole = whole
         self.real_only = real_only
+        self.measure = measure
         self.name = function.__name__
         self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
         self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
@@ -145,161 +390,77 @@ class _Definition:
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
 
-    def validate(self, arguments: Mapping[str, Any], prefix: str) -> None:
+    def validate(self, arguments: Mapping[str, Any], prefix: str, *, read_tensors: bool = True) -> None:
         """Raise where an argument has the wrong type, is out of range, or does not fit the others."""
         if self._hints is None:
             self._hints = get_type_hints(self.function, include_extras=True)
-        for name, value in arguments.items():
-            _validate(f"{prefix}.{name}", self._hints.get(name, Any), value)
+        unread = {name for name, value in arguments.items() if isinstance(value, Tensor) and not read_tensors}
+        for name in arguments.keys() - unread:
+            validate(f"{prefix}.{name}", self._hints.get(name, Any), arguments[name])
         try:
-            self.check(**arguments)
+            if not unread:
+                self.check(**arguments)
         except (TypeError, ValueError) as error:
             locate(error, prefix)
             raise
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class BoundTransform:
-    """A transform made by a factory: a value that compares, hashes, pickles and prints as the call that made it."""
+class Combinator(Stage):
+    """A stage made of others, its members."""
 
-    definition: _Definition
-    arguments: Mapping[str, Any]
-    prefix: str
-    hyperparameters: Mapping[str, Any] = field(init=False)
-    """The default of every hyperparameter, by its key in a group."""
+    def __init__(self, members: Iterable[Transform]) -> None:
+        self.members = tuple(require_transform(m, f"member {i} of {self.name}") for i, m in enumerate(members))
+        self.stages = tuple(as_stage(member) for member in self.members)
+        self.hyperparameters = merge_hyperparameters(self.places())
+        self.stateful = any(stage.stateful for stage in self.stages)
 
-    def __post_init__(self) -> None:
-        defaults = {f"{self.prefix}.{name}": self.arguments[name] for name in self.definition.hyperparameters}
-        object.__setattr__(self, "hyperparameters", defaults)
+    name = "a combinator"
 
-    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
-        if self.definition.real_only and tensor.is_complex():
-            raise TypeError(
-                f"{self!r} acts on real tensors, got {tensor.dtype}; apply it to torch.view_as_real(tensor)"
-            )
-        call = functools.partial(self.definition.function, **self._read(group))
-        dtype = _COMPUTE_DTYPE.get(tensor.dtype)
-        if dtype is None:
-            return call_checked(call, tensor, group, name=self)
-        context = {key: group[key].to(dtype) for key in CONTEXT if key in group}
-        return call_checked(call, tensor.to(dtype), {**group, **context}, name=self).to(tensor.dtype)
+    @abstractmethod
+    def rebuild(self, members: Sequence[Transform]) -> Combinator:
+        """The same with other members."""
 
-    def named(self, prefix: str) -> BoundTransform:
-        """Keep the hyperparameters under ``"<prefix>.<parameter>"``, apart from those of another such transform.
+    def place(self, index: int) -> str:
+        """The words that say where a member is."""
+        return f"stage {index}, {show(self.members[index])}"
 
-        Example:
-            >>> from gradchain import clamp
-            >>> clamp(-1, 1).named("grad").hyperparameters
-            {'grad.min': -1, 'grad.max': 1}
-        """
-        if not (isinstance(prefix, str) and prefix):
-            raise TypeError(f"{self!r}.named(prefix) needs a non-empty string, got {prefix!r}")
-        return replace(self, prefix=prefix)
+    def places(self) -> list[tuple[str, Stage]]:
+        """The members, each with the words that say where it is."""
+        return [(self.place(index), stage) for index, stage in enumerate(self.stages)]
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
-        self.definition.validate({**self.arguments, **self._overrides(group)}, self.prefix)
-
-    def _overrides(self, group: Group) -> dict[str, Any]:
-        # Names and keys are in the same order. Identity suffices: in an optimizer, groups hold the defaults themselves.
-        named = zip(self.definition.hyperparameters, self.hyperparameters.items(), strict=True)
-        return {name: group[key] for name, (key, default) in named if group.get(key, default) is not default}
-
-    def _read(self, group: Group) -> Mapping[str, Any]:
-        overrides = self._overrides(group)
-        if not overrides:
-            return self.arguments
-        arguments = {**self.arguments, **overrides}
-        # Reading a tensor's value would synchronise the device and break graphs; factory and adapter have checked it.
-        if not any(isinstance(value, Tensor) for value in arguments.values()):
-            self.definition.validate(arguments, self.prefix)
-        return arguments
-
-    def __repr__(self) -> str:
-        parameters = self.definition.signature.parameters
-        given = [f"{n}={v!r}" for n, v in self.arguments.items() if not _same(v, parameters[n].default)]
-        suffix = "" if self.prefix == self.definition.name else f".named({self.prefix!r})"
-        return f"{self.definition.name}({', '.join(given)}){suffix}"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, BoundTransform):
-            return NotImplemented
-        return (
-            self.definition is other.definition
-            and self.prefix == other.prefix
-            and all(_same(value, other.arguments[name]) for name, value in self.arguments.items())
-        )
-
-    def __hash__(self) -> int:
-        values = ((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in self.arguments.values())
-        return hash((self.definition.name, self.prefix, *values))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix)
+        for place, stage in self.places():
+            try:
+                stage.check(group)
+            except (TypeError, ValueError) as error:
+                locate(error, place)
+                raise
 
 
-def _rebuild(factory: Any, arguments: dict[str, Any], prefix: str) -> BoundTransform:
-    return BoundTransform(factory.definition, arguments, prefix)
+def as_stage(transform: Transform) -> Stage:
+    """``transform`` itself, or a plain callable as a stage."""
+    return transform if isinstance(transform, Stage) else Function(transform)
 
 
 def require_transform(value: object, place: str) -> Transform:
     """Return ``value`` if it can be a transform; ``place`` says where it was given."""
     if not callable(value):
         raise TypeError(f"{place} must be a callable (tensor, group) -> tensor, got {value!r}")
-    if hasattr(value, "definition") and not isinstance(value, BoundTransform):
-        name = getattr(value, "__name__", "it")
-        raise TypeError(f"{place} is the factory {name}, not a transform; call it: {name}(...)")
+    definition = getattr(value, "definition", None)
+    if isinstance(definition, _Definition) and not isinstance(value, BoundTransform):
+        raise TypeError(f"{place} is the factory {definition.name}, not a transform; call it: {definition.name}(...)")
     return cast("Transform", value)
 
 
-def call_checked(transform: Transform, tensor: Tensor, group: Group, *, name: object = None) -> Tensor:
-    """Return ``transform(tensor, group)``, or raise where the call breaks the contract of a transform."""
-    if tensor.numel() == 0:
-        return tensor.clone()
-    name = show(transform if name is None else name)
-    version = _version(tensor)
-    try:
-        result = transform(tensor, group)
-    except KeyError as error:
-        key = error.args[0] if error.args else None
-        if key not in CONTEXT or key in group:
-            raise
-        raise ValueError(
-            f'{name} needs group["{key}"], a tensor of the shape {_short(tensor.shape)} of its input; the group has '
-            f'the keys {sorted(map(str, group))}. Pass {{"{key}": ...}}, or use it in a slot that sets "{key}".'
-        ) from None
-    if not isinstance(result, Tensor):
-        raise TypeError(f"{name} must return a tensor like its input, got {type(result).__name__}")
-    for attribute in ("shape", "dtype", "device"):
-        expected, received = getattr(tensor, attribute), getattr(result, attribute)
-        if received != expected:
-            raise ValueError(
-                f"{name} must keep the {attribute} of its input, {_short(expected)}, got {_short(received)}"
-            )
-    if _version(tensor) != version:
-        raise ValueError(f"{name} wrote to its input; return a new tensor instead (mul for mul_, clamp for clamp_)")
-    return result
-
-
-def hyperparameters(transform: Transform) -> Mapping[str, Any]:
-    """The default of every hyperparameter of ``transform``, by key; none for a plain callable."""
-    return cast("Mapping[str, Any]", getattr(transform, "hyperparameters", {}))
-
-
-def check_hyperparameters(transform: Transform, group: Group) -> None:
-    """Raise where a hyperparameter of ``transform`` has, in ``group``, the wrong type or is out of range."""
-    check = getattr(transform, "check", None)
-    if check is not None:
-        check(group)
-
-
-def merge_hyperparameters(places: Iterable[tuple[str, Transform]]) -> dict[str, Any]:
-    """The hyperparameters of all transforms; one key with two defaults is an error that names both places."""
+def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]:
+    """The hyperparameters of all stages; one key with two defaults is an error that names both places."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for place, member in places:
-        for key, value in hyperparameters(member).items():
-            if not _same(value, merged.setdefault(key, value)):
+    for place, stage in places:
+        for key, value in stage.hyperparameters.items():
+            known = merged.setdefault(key, value)
+            if value is not known and not _same(value, known):
                 raise ValueError(
                     f'the hyperparameter "{key}" has two defaults: {merged[key]!r} ({origin[key]}) and {value!r} '
                     f'({place}). Give one of them keys of its own, for example with .named("grad").'
@@ -311,7 +472,12 @@ def merge_hyperparameters(places: Iterable[tuple[str, Transform]]) -> dict[str, 
 def locate(error: Exception, place: str) -> None:
     """Say in the message of ``error`` where it happened; its type stays, so that it can be caught as what it is."""
     detail = error.args[0] if len(error.args) == 1 else error  # str(KeyError) would quote the message
+    args = error.args
     error.args = (f"{place}: {detail}",)
+    if place not in str(error):  # the class makes its message of something else
+        error.args = args
+        if sys.version_info >= (3, 11):
+            error.add_note(place)
 
 
 def show(transform: object) -> str:
@@ -319,76 +485,52 @@ def show(transform: object) -> str:
     return transform.__name__ if inspect.isfunction(transform) else repr(transform)
 
 
+def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, group: Group) -> Tensor:
+    """Return ``call()``, what ``owner`` makes of ``tensor``, or raise where that breaks the contract of a transform."""
+    if tensor.numel() == 0:
+        return tensor.clone()
+    inputs = {"its input": tensor, **{f'group["{key}"]': group[key] for key in CONTEXT if key in group}}
+    versions = [_version(value) for value in inputs.values()]
+    try:
+        result = call()
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if not isinstance(key, str) or key in group:
+            raise
+        if key not in CONTEXT:
+            error.args = (f"{show(owner)}: {key!r}; the group has no such key, defaults={{{key!r}: ...}} would set it",)
+            raise
+        raise ValueError(
+            f'{show(owner)} needs group["{key}"], a tensor of the shape {tuple(tensor.shape)} of its input; the group '
+            f'has the keys {sorted(map(str, group))}. Pass {{"{key}": ...}}, or use it in a slot that sets "{key}".'
+        ) from None
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{show(owner)} must return a tensor like its input, got {type(result).__name__}")
+    for attribute in ("shape", "dtype", "device"):
+        expected, received = getattr(tensor, attribute), getattr(result, attribute)
+        if received != expected:
+            received, expected = (tuple(v) if isinstance(v, torch.Size) else v for v in (received, expected))
+            raise ValueError(f"{show(owner)} must keep the {attribute} of its input, {expected}, got {received}")
+    for (name, value), version in zip(inputs.items(), versions, strict=True):
+        if _version(value) != version:
+            raise ValueError(
+                f"{show(owner)} wrote to {name}; return a new tensor instead (mul for mul_, clamp for clamp_)"
+            )
+    return result
+
+
 def _version(tensor: Tensor) -> int:
     # Neither graphs nor inference tensors count writes.
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def _short(value: object) -> str:
-    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
-
-
 def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, Generator) and isinstance(b, Generator):
+        return a.device == b.device and torch.equal(a.get_state(), b.get_state())
     return not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b)
 
 
-_COMPARISONS: dict[type, tuple[str, str, Callable[[Any, Any], Any]]] = {
-    annotated_types.Gt: ("gt", ">", operator.gt),
-    annotated_types.Ge: ("ge", ">=", operator.ge),
-    annotated_types.Lt: ("lt", "<", operator.lt),
-    annotated_types.Le: ("le", "<=", operator.le),
-}
-
-
-def _validate(key: str, hint: Any, value: Any) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where ``value`` is not what the annotation ``hint`` allows."""
-    alternatives = _alternatives(hint)
-    fitting = [metadata for kind, metadata in alternatives if _is_a(value, kind)]
-    if not fitting:
-        kinds = " or ".join(_kind_name(kind) for kind, _ in alternatives)
-        raise TypeError(f"{key} must be {kinds}, got {value!r}")
-    for constraint in fitting[0]:
-        if type(constraint) in _COMPARISONS:
-            attribute, symbol, compare = _COMPARISONS[type(constraint)]
-            bound = getattr(constraint, attribute)
-            holds = compare(value, bound)
-            if not (bool(holds.all()) if isinstance(holds, Tensor) else holds):
-                raise ValueError(f"{key} must be {symbol} {bound}, got {value!r}")
-
-
-def _alternatives(hint: Any) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The kinds of value that ``hint`` allows, each with its constraints."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        base, *metadata = get_args(hint)
-        constraints = tuple(
-            constraint
-            for item in metadata
-            for constraint in (item if isinstance(item, annotated_types.GroupedMetadata) else (item,))
-        )
-        return [(kind, inner + constraints) for kind, inner in _alternatives(base)]
-    if origin in (Union, UnionType):
-        return [alternative for member in get_args(hint) for alternative in _alternatives(member)]
-    return [(hint, ())]
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is Any or kind is inspect.Parameter.empty:
-        return True
-    if kind in (float, int):
-        number = Real if kind is float else Integral
-        is_scalar = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
-        return is_scalar or (isinstance(value, number) and not isinstance(value, bool))
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    runtime_type = get_origin(kind) or kind
-    return not isinstance(runtime_type, type) or isinstance(value, runtime_type)
-
-
-def _kind_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    names: dict[Any, str] = {float: "a number", int: "an integer", NoneType: "None", Tensor: "a tensor"}
-    return names.get(kind) or str(getattr(kind, "__name__", kind))
+def _show_value(value: object) -> str:
+    return f"Generator({value.initial_seed()})" if isinstance(value, Generator) else repr(value)
