@@ -1,5 +1,7 @@
 """Norms and guards that several families share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,18 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return (a.conj() * b).real.sum()
 
 
-def floor(tensor: Tensor) -> float:
-    """The smallest norm to divide by: below it, the squares under a 2-norm are lost to underflow."""
-    return float(torch.finfo(tensor.dtype).tiny ** 0.5)
+def floor(tensor: Tensor, ord: float = 2.0) -> float:
+    """The smallest norm to divide by: below it, the powers under an ``ord``-norm are lost to underflow."""
+    tiny = torch.finfo(tensor.dtype).tiny
+    return float(tiny ** (1 / ord)) if 1 < ord < math.inf else tiny
+
+
+def unit(tensor: Tensor, ord: float = 2.0) -> Tensor:
+    """``tensor`` over its ``ord``-norm; zero for zero."""
+    return tensor / norm(tensor, ord).clamp_min(floor(tensor, ord))
+
+
+def shorten(tensor: Tensor, length: Tensor, limit: float | Tensor) -> Tensor:
+    """``tensor``, scaled down by as much as ``length`` is above ``limit``."""
+    ratio: Tensor = length / limit
+    return tensor / ratio.clamp_min(1)

@@ -7,7 +7,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import norm
+from gradchain.transforms._numerics import norm, shorten
 
 
 @transform
@@ -37,7 +37,7 @@ def clip_by_norm(
     References:
         Pascanu et al., On the difficulty of training recurrent neural networks, https://arxiv.org/abs/1211.5063, 2012.
     """
-    return tensor / (norm(tensor, ord) / max_norm).clamp_min(1)
+    return shorten(tensor, norm(tensor, ord), max_norm)
 
 
 @transform
@@ -64,7 +64,7 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
         Shazeer and Stern, Adafactor, https://arxiv.org/abs/1804.04235, 2018; optax ``clip_by_block_rms``.
     """
     rms = norm(tensor) / math.sqrt(tensor.numel())
-    return tensor / (rms / threshold).clamp_min(1)
+    return shorten(tensor, rms, threshold)
 
 
 @transform
@@ -95,4 +95,4 @@ def clip_adaptive(
         https://arxiv.org/abs/2102.06171, 2021; optax ``adaptive_grad_clip``.
     """
     max_norm = clipping * norm(group["param"]).clamp_min(eps)
-    return tensor / (norm(tensor) / max_norm).clamp_min(1)
+    return shorten(tensor, norm(tensor), max_norm)

@@ -93,7 +93,7 @@ def clamp(tensor: Tensor, group: Group, min: float | None = None, max: float | N
 def _bounds(min: float | None, max: float | None) -> None:
     if min is None and max is None:
         raise ValueError("needs at least one bound, got min=None and max=None")
-    if min is not None and max is not None and min > max:
+    if min is not None and max is not None and not min <= max:
         raise ValueError(f"needs min <= max, got min={min!r} and max={max!r}")
 
 

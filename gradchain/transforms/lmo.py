@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, norm
+from gradchain.transforms._numerics import unit
 
 
 @transform
@@ -20,7 +20,8 @@ def lmo_l1(tensor: Tensor, group: Group) -> Tensor:
     .. math:: -\operatorname{argmin}_{\|s\|_1 \le 1} \langle t, s \rangle = \operatorname{sign}(t_i) e_i,
         \quad i = \operatorname{argmax}_j |t_j|
 
-    Acts on the whole (sub-)tensor, of any shape; of equal magnitudes, the first counts.
+    Acts on the whole (sub-)tensor, of any shape; of equal magnitudes, the first counts. NaN counts as the largest,
+    and has the sign 0.
 
     Example:
         >>> lmo_l1()(torch.tensor([1.0, -3.0, 3.0]), {})
@@ -49,7 +50,7 @@ def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     References:
         Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
     """
-    return tensor / norm(tensor).clamp_min(floor(tensor))
+    return unit(tensor)
 
 
 @transform(elementwise=True)
@@ -58,7 +59,7 @@ def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
 
     .. math:: -\operatorname{argmin}_{\|s\|_\infty \le 1} \langle t, s \rangle = \operatorname{sign}(t)
 
-    Acts on each element. The same as ``sign()``.
+    Acts on each element. The same as ``sign()``; NaN becomes 0.
 
     Example:
         >>> lmo_linf()(torch.tensor([3.0, 0.0, -4.0]), {})

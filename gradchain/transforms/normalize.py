@@ -3,12 +3,11 @@
 import math
 from typing import Annotated
 
-import torch
 from annotated_types import Gt
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, norm
+from gradchain.transforms._numerics import floor, norm, unit
 
 
 @transform
@@ -17,8 +16,8 @@ def normalize(tensor: Tensor, group: Group, ord: Annotated[float, Gt(0)] = 2.0) 
 
     .. math:: t / \|t\|_{ord}
 
-    Acts on the whole (sub-)tensor, of any shape. Zero stays zero; a norm under the square root of the smallest normal
-    number (1e-19 in float32) counts as that, so that the result is short and not random.
+    Acts on the whole (sub-)tensor, of any shape. Zero stays zero; a norm so small that the powers under it are lost
+    to underflow (for the 2-norm, under 1e-19 in float32) counts as that, so that the result is short and not random.
 
     Args:
         ord: The order of the norm, as in ``torch.linalg.vector_norm``; above 0.
@@ -27,6 +26,7 @@ def normalize(tensor: Tensor, group: Group, ord: Annotated[float, Gt(0)] = 2.0) 
         ValueError: ``ord`` is not above 0.
 
     Example:
+        >>> import torch
         >>> normalize()(torch.tensor([3.0, 4.0]), {})
         tensor([0.6000, 0.8000])
         >>> normalize(1)(torch.tensor([3.0, -1.0]), {})
@@ -35,7 +35,7 @@ def normalize(tensor: Tensor, group: Group, ord: Annotated[float, Gt(0)] = 2.0) 
     References:
         optax ``normalize_by_update_norm``, for one tensor.
     """
-    return tensor / norm(tensor, ord).clamp_min(floor(tensor))
+    return unit(tensor, ord)
 
 
 @transform(whole=True)
@@ -48,6 +48,7 @@ def centralize(tensor: Tensor, group: Group) -> Tensor:
     such as a bias, stays as it is.
 
     Example:
+        >>> import torch
         >>> centralize()(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), {})
         tensor([[-1.,  1.],
                 [ 0.,  0.]])
@@ -70,13 +71,13 @@ def standardize(tensor: Tensor, group: Group) -> Tensor:
     of equal elements becomes zero.
 
     Example:
+        >>> import torch
         >>> standardize()(torch.tensor([1.0, 3.0]), {})
         tensor([-1.,  1.])
 
     References:
         jax ``nn.standardize``, without its epsilon.
     """
-    centred = tensor - tensor.mean()
-    rounding = 8 * torch.finfo(tensor.dtype).eps * tensor.abs().amax()  # equal elements can miss their mean by that
-    deviation = norm(centred) / math.sqrt(tensor.numel())
-    return torch.where(deviation > rounding, centred / deviation.clamp_min(floor(tensor)), 0 * centred)
+    shifted = tensor - tensor.flatten()[0]  # so that equal elements, whose mean can be rounded, give exactly zero
+    centred = shifted - shifted.mean()
+    return centred / (norm(centred) / math.sqrt(tensor.numel())).clamp_min(floor(tensor))
