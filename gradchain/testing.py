@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gradchain.broadcast import broadcast, to_batch
-from gradchain.transform import CONTEXT, Group, Transform, call_checked, show
+from gradchain.broadcast import FROM_GROUP, Broadcast, broadcast, to_batch
+from gradchain.chain import chain
+from gradchain.transform import CONTEXT, Group, Transform, as_stage, require_transform, show
 
 __all__ = ["check_projection", "check_transform"]
 
 SHAPES = ((), (0,), (1,), (3,), (0, 3), (2, 3), (2, 3, 2), (2, 3, 2, 2))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Law: TypeAlias = Callable[[Transform, Tensor, Group], None]
+Law: TypeAlias = Callable[[Transform, Tensor, Group], bool | None]
+"""Raises where it is broken; True says that it need not be tried on more samples."""
 
 
 def check_transform(
@@ -37,7 +39,7 @@ def check_transform(
     law                 what it says
     ==================  ==============================================================================================
     ``pure``            Neither the input nor the group is written to.
-    ``keeps_form``      The result has the shape, dtype and device of the input, empty and 0-d inputs included.
+    ``keeps_form``      The result has the shape, dtype and device of the input, 0-d inputs included.
     ``deterministic``   The same input gives the same result.
     ``zeros``           Zeros and a zero parameter give finite numbers.
     ``propagates_nan``  NaN in the input is not hidden, and infinity does not raise.
@@ -49,6 +51,9 @@ def check_transform(
     ``compiles``        ``torch.compile`` makes one graph of it, which gives the same result.
     ``copies``          It pickles, deepcopies, and prints without a memory address; copies are equal to it.
     ==================  ==============================================================================================
+
+    A stateful transform is checked in its first step, which must leave the given state alone and return the next one
+    in the same form, neither of them sharing memory with the input.
 
     Args:
         transform: The transform, any callable ``(tensor, group) -> tensor``.
@@ -70,6 +75,7 @@ def check_transform(
           input: tensor(0.), torch.float32 of shape ()
           cause: the result is not finite: tensor(nan)
     """
+    transform = _FirstStep(transform) if as_stage(require_transform(transform, "transform")).stateful else transform
     samples = [sample for shape in sorted(shapes, key=_size) for dtype in dtypes for sample in _samples(shape, dtype)]
     _check(_LAWS, transform, samples, group or {}, skip)
 
@@ -139,7 +145,9 @@ def _check(
             context = {key: _context(sample, index) for index, key in enumerate(CONTEXT)}
             try:
                 with torch.random.fork_rng(devices=()):
-                    law(transform, tensor, {**context, **group})
+                    torch.manual_seed(0)
+                    if law(transform, tensor, {**context, **group}):
+                        break
             except Exception as error:
                 cause = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
                 raise AssertionError(
@@ -147,6 +155,44 @@ def _check(
                     f"  input: {sample!r}, {sample.dtype} of shape {tuple(sample.shape)}\n"
                     f"  cause: {cause}"
                 ) from error
+
+
+class _FirstStep:
+    """What a stateful transform makes of a tensor in its first step."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+        self.stage = as_stage(transform)
+
+    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
+        return self.stage.update(tensor, group, self.stage.init(tensor, group))[0]
+
+    def __repr__(self) -> str:
+        return show(self.transform)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _FirstStep) and self.transform == other.transform
+
+    def __hash__(self) -> int:
+        return hash(self.transform)
+
+
+def _assert_same_state(state: Any, expected: Any, message: str, *, values: bool) -> None:
+    assert type(state) is type(expected), f"{message}: {type(state).__name__} is not {type(expected).__name__}"
+    if isinstance(state, dict):
+        assert state.keys() == expected.keys(), f"{message}: {sorted(state)} is not {sorted(expected)}"
+        for key, value in state.items():
+            _assert_same_state(value, expected[key], f'{message}, "{key}"', values=values)
+        return
+    assert isinstance(state, Tensor), f"{message}: a state is a dict of tensors, got {type(state).__name__}"
+    for attribute in ("shape", "dtype", "device"):
+        assert getattr(state, attribute) == getattr(expected, attribute), f"{message}: its {attribute} has changed"
+    assert not values or torch.equal(state, expected), message
+
+
+def _leaves(state: Any) -> Iterator[Tensor]:
+    for value in state.values():
+        yield from _leaves(value) if isinstance(value, dict) else (value,)
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -173,11 +219,24 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _keeps_form(transform: Transform, tensor: Tensor, group: Group) -> None:
-    call_checked(transform, tensor, group)
+    chain(transform)(tensor, group)
+    if isinstance(transform, _FirstStep):
+        state = transform.stage.init(tensor, group)
+        new_state = transform.stage.update(tensor, group, state)[1]
+        _assert_same_state(new_state, state, "the next state has another form", values=False)
 
 
 def _pure(transform: Transform, tensor: Tensor, group: Group) -> None:
     before, group_before = tensor.clone(), copy.deepcopy(group)
+    if isinstance(transform, _FirstStep):
+        state = transform.stage.init(tensor, group)
+        state_before = copy.deepcopy(state)
+        transform.stage.update(tensor, group, state)
+        _assert_same_state(state, state_before, "it wrote to the state that it was given", values=True)
+        given = [value for value in (tensor, *group.values()) if isinstance(value, Tensor) and value.numel()]
+        for kept in (state, transform.stage.update(tensor, group, state)[1]):
+            shared = {value.data_ptr() for value in given} & {value.data_ptr() for value in _leaves(kept)}
+            assert not shared, "its state shares memory with its input, which will be written to; clone() what is kept"
     transform(tensor, group)
     assert torch.equal(tensor, before), f"it wrote {tensor!r} to its input"
     assert group.keys() == group_before.keys(), f"it changed the keys of the group to {sorted(group)}"
@@ -235,8 +294,8 @@ def _half_precision(transform: Transform, tensor: Tensor, group: Group) -> None:
 
 
 def _broadcasts(transform: Transform, tensor: Tensor, group: Group) -> None:
-    if not _is_plain(tensor):
-        return
+    if not _is_plain(tensor) or (isinstance(transform, Broadcast) and transform.param_ndim is not FROM_GROUP):
+        return  # what is broadcast already keeps its own param_ndim
     for param_ndim in (*range(-tensor.ndim, tensor.ndim + 1), None):
         batches = {key: to_batch(group[key], param_ndim) for key in CONTEXT}
         expected = torch.stack(
@@ -265,9 +324,9 @@ def _differentiable(transform: Transform, tensor: Tensor, group: Group) -> None:
     assert gradient.isfinite().all(), f"the derivative is not finite: {gradient!r}"
 
 
-def _compiles(transform: Transform, tensor: Tensor, group: Group) -> None:
+def _compiles(transform: Transform, tensor: Tensor, group: Group) -> bool:
     if tensor.dtype != torch.float32 or tensor.numel() < 2 or tensor.min() == tensor.max():
-        return  # one sample a shape is enough: compiling takes long
+        return False
     torch.compiler.reset()
     try:
         # The kernels of the default backend need a C++ compiler; that there is one graph, without breaks, does not.
@@ -275,6 +334,7 @@ def _compiles(transform: Transform, tensor: Tensor, group: Group) -> None:
         _assert_same(compiled(tensor, group), transform(tensor, group), "compiled against eager")
     finally:
         torch.compiler.reset()
+    return True  # compiling takes long
 
 
 def _copies(transform: Transform, tensor: Tensor, group: Group) -> None:
