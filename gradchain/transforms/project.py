@@ -10,8 +10,8 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, inner, norm
+from gradchain.transform import Group, State, transform
+from gradchain.transforms._numerics import floor, inner, norm, shorten
 
 
 @transform(elementwise=True, real_only=True)
@@ -114,7 +114,7 @@ def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
     References:
         optax ``projection_l2_ball``.
     """
-    return tensor / (norm(tensor) / radius).clamp_min(1)
+    return shorten(tensor, norm(tensor), radius)
 
 
 @transform
@@ -165,8 +165,7 @@ def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
         Duchi et al., Efficient Projections onto the l1-Ball, https://doi.org/10.1145/1390156.1390191, 2008; optax
         ``projection_l1_ball``.
     """
-    magnitude = tensor.abs()
-    return tensor.sgn() * (magnitude - _simplex_threshold(magnitude, radius).clamp_min(0)).clamp_min(0)
+    return _onto_l1_ball(tensor, radius)
 
 
 @transform
@@ -193,7 +192,7 @@ def project_l1_sphere(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     """
     magnitude = tensor.abs()
     sign = torch.where(magnitude > 0, tensor.sgn(), 1)
-    return sign * (magnitude - _simplex_threshold(magnitude, radius)).clamp_min(0)
+    return sign * _onto_simplex(magnitude, radius)
 
 
 @transform(real_only=True)
@@ -219,7 +218,7 @@ def project_simplex(tensor: Tensor, group: Group, scale: Annotated[float, Gt(0),
         Duchi et al., Efficient Projections onto the l1-Ball, https://doi.org/10.1145/1390156.1390191, 2008; optax
         ``projection_simplex``.
     """
-    return (tensor - _simplex_threshold(tensor, scale)).clamp_min(0)
+    return _onto_simplex(tensor, scale)
 
 
 @transform
@@ -282,14 +281,85 @@ def _normal(a: float | Tensor, **arguments: Any) -> None:
         raise ValueError(f"needs a normal that is not zero, got a={a!r}")
 
 
-def _simplex_threshold(tensor: Tensor, total: float) -> Tensor:
-    """The amount to subtract from all elements so that the positive ones that are left sum to ``total``.
+def _remember(tensor: Tensor, group: Group, **arguments: Any) -> State:
+    return {"reference": tensor.clone()}
 
-    It is the largest of the candidates (s_k - total) / k, where s_k is the sum of the k largest elements.
+
+@transform(init=_remember, real_only=True)
+def project_ball_around_reference(
+    tensor: Tensor,
+    group: Group,
+    state: State,
+    radius: Annotated[float, Gt(0)],
+    *,
+    ord: float = 2,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> tuple[Tensor, State]:
+    r"""Move into the ball of ``radius`` around the first parameter, and then into a box.
+
+    .. math:: \operatorname{clamp}(\operatorname{argmin}_x \|x - t\|_2 \text{ subject to }
+        \|x - x_0\|_{ord} \le r, \; l, u)
+
+    Acts on the whole (sub-)tensor, of any shape, and remembers the parameter that ``init`` saw, x_0. What attacks need:
+    the parameter is the image that is attacked, and the box holds the legal pixels. A box that has x_0 inside never
+    leads out of a ball; the result is the nearest point of both where the ball is a box too, ``ord=inf``.
+
+    Args:
+        radius: The radius of the ball, in units of the tensor; above 0, and infinite for no limit.
+        ord: The order of the norm: 1, 2 or inf.
+        lower: The lower bound of each element, in units of the tensor; None for no bound.
+        upper: The upper bound of each element, at least ``lower``; None for no bound.
+
+    Raises:
+        ValueError: ``radius`` is not above 0, ``ord`` is none of 1, 2 and inf, or ``lower > upper``.
+        TypeError: The tensor is complex.
+
+    Example:
+        >>> project = project_ball_around_reference(1.0, upper=2.0)
+        >>> state = project.init(torch.tensor([1.0, 1.5]), {})
+        >>> project.update(torch.tensor([4.0, 5.5]), {}, state)[0]
+        tensor([1.6000, 2.0000])
+
+    References:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, https://arxiv.org/abs/1706.06083,
+        2017.
     """
-    descending = tensor.flatten().sort(descending=True).values
+    way = tensor - state["reference"]
+    if ord == 1:
+        short = _onto_l1_ball(way, radius)
+    elif ord == 2:
+        short = shorten(way, norm(way), radius)
+    else:
+        short = way.clamp(-radius, radius)
+    projected = torch.where(short == way, tensor, state["reference"] + short)  # exactly as it was where it was inside
+    if lower is not None:
+        projected = projected.clamp_min(lower)
+    return projected if upper is None else projected.clamp_max(upper), state
+
+
+@project_ball_around_reference.check
+def _ball_and_box(ord: float, lower: float | None, upper: float | None, **arguments: Any) -> None:
+    if ord not in (1, 2, math.inf):
+        raise ValueError(f"needs ord 1, 2 or inf, got ord={ord!r}")
+    if lower is not None and upper is not None and not lower <= upper:
+        raise ValueError(f"needs lower <= upper, got lower={lower!r} and upper={upper!r}")
+
+
+def _onto_l1_ball(tensor: Tensor, radius: float) -> Tensor:
+    magnitude = tensor.abs()
+    return tensor.sgn() * torch.where(magnitude.sum() > radius, _onto_simplex(magnitude, radius), magnitude)
+
+
+def _onto_simplex(tensor: Tensor, total: float) -> Tensor:
+    """Subtract from all elements what makes the positive ones that are left sum to ``total``.
+
+    That is the largest of the candidates (s_k - total) / k, where s_k is the sum of the k largest elements.
+    """
+    shifted = tensor - tensor.amax()  # the same projection, without the rounding of large numbers
+    descending = shifted.flatten().sort(descending=True).values
     count = torch.arange(1, descending.numel() + 1, device=tensor.device)
-    return ((descending.cumsum(0) - total) / count).amax()
+    return (shifted - ((descending.cumsum(0) - total) / count).amax()).clamp_min(0)
 
 
 def _like(value: float | Tensor, tensor: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor, tensor
+from torch import Tensor, nn, tensor
 from torch.linalg import vector_norm
 from torch.testing import assert_close
 
 import gradchain as gc
-from gradchain import Group, Transform, broadcast
+from gradchain import Group, Transform, broadcast, chain
 from gradchain.transform import BoundTransform
-from tests.strategies import tensors
+from tests.strategies import pairs, tensors
 
 T = tensor([-2.0, 0.5, 3.0])
 
@@ -174,6 +174,70 @@ def test_radius_is_above_zero(factory: Any) -> None:
         factory(1)(T, {f"{name}.radius": -1})
 
 
+def around(project: Transform, reference: Tensor, t: Tensor, param_ndim: int | None = None) -> Tensor:
+    stage = broadcast(chain(project), param_ndim)
+    return stage.update(t, {}, stage.init(reference, {}))[0]
+
+
+@pytest.mark.parametrize(
+    ("project", "expected"),
+    [
+        (gc.project_ball_around_reference(2.5), [2.5, 3.0, 1.0]),
+        (gc.project_ball_around_reference(5.0), [4.0, 5.0, 1.0]),
+        (gc.project_ball_around_reference(3.0, ord=1), [2.0, 3.0, 1.0]),
+        (gc.project_ball_around_reference(2.0, ord=inf), [3.0, 3.0, 1.0]),
+        (gc.project_ball_around_reference(2.5, upper=2.75), [2.5, 2.75, 1.0]),
+        (gc.project_ball_around_reference(2.5, lower=1.5), [2.5, 3.0, 1.5]),
+        (gc.project_ball_around_reference(inf, lower=0, upper=2), [2.0, 2.0, 1.0]),
+    ],
+)
+def test_ball_around_reference_by_hand(project: Transform, expected: list[float]) -> None:
+    assert_close(around(project, tensor([1.0, 1.0, 1.0]), tensor([4.0, 5.0, 1.0])), tensor(expected))
+
+
+@given(pairs())
+def test_ball_around_reference_is_a_ball_that_is_moved(pair: tuple[Tensor, Tensor]) -> None:
+    reference, t = pair
+    balls = {1: gc.project_l1_ball, 2: gc.project_l2_ball, inf: gc.project_linf_ball}
+    for ord, ball in balls.items():
+        projected = around(gc.project_ball_around_reference(2.0, ord=ord), reference, t)
+        assert_close(projected, reference + ball(2.0)(t - reference, {}), rtol=0, atol=1e-9)
+        boxed = gc.project_ball_around_reference(2.0, ord=ord, lower=-1.0, upper=0.5)
+        assert_close(around(boxed, reference, t), projected.clamp(-1.0, 0.5))
+        if vector_norm(t - reference, ord) <= 2:
+            assert torch.equal(projected, t)  # without the rounding of t - reference + reference
+
+
+def test_ball_around_reference_projects_each_unit() -> None:
+    reference, t = torch.randn(4, 3), torch.randn(4, 3)
+    project = gc.project_ball_around_reference(0.5)
+    rows = [around(project, reference[i], t[i]) for i in range(4)]
+    assert_close(around(project, reference, t, 1), torch.stack(rows))
+
+
+def test_ball_around_reference_bounds_an_attack() -> None:
+    images = torch.rand(5, 3, 4, 4)
+    attacked = nn.Parameter(images.clone())
+    post = gc.project_ball_around_reference(0.5, lower=0.0, upper=1.0)
+    attack = gc.ParamTransformingOptimizer([attacked], pre=gc.normalize(), post=post, lr=0.2, maximize=True)
+    for _ in range(10):
+        attack.zero_grad()
+        (attacked - 0.5).pow(3).sum().backward()
+        attack.step()
+    sizes = (attacked.detach() - images).flatten(1).norm(dim=1)
+    assert (sizes <= 0.5 * (1 + 1e-5)).all()
+    assert (sizes > 0.4).any()
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+
+
+def test_ball_around_reference_keeps_its_centre_in_float32() -> None:
+    reference = torch.rand(3).to(torch.bfloat16)
+    state = gc.project_ball_around_reference(1.0).init(reference, {})
+    assert state["reference"].dtype == torch.float32
+    assert torch.equal(around(gc.project_ball_around_reference(1e-9), reference, reference + 1), reference)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -204,6 +268,21 @@ def test_radius_is_above_zero(factory: Any) -> None:
             lambda: gc.project_halfspace("x", 1),  # type: ignore[arg-type]
             TypeError,
             "project_halfspace.a must be a number or a tensor, got 'x'",
+        ),
+        (
+            lambda: gc.project_ball_around_reference(1.0, ord=3),
+            ValueError,
+            "project_ball_around_reference: needs ord 1, 2 or inf, got ord=3",
+        ),
+        (
+            lambda: gc.project_ball_around_reference(1.0, lower=1, upper=0),
+            ValueError,
+            "project_ball_around_reference: needs lower <= upper, got lower=1 and upper=0",
+        ),
+        (
+            lambda: around(gc.project_ball_around_reference(1.0), torch.zeros(1), tensor([1j])),
+            TypeError,
+            "project_ball_around_reference(radius=1.0) acts on real tensors, got torch.complex64",
         ),
     ],
 )

@@ -1,0 +1,93 @@
+"""Transforms by the norm of all tensors of the optimizer together."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from gradchain.transform import Group, transform
+from gradchain.transforms._numerics import floor, shorten
+
+
+def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
+    """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
+    norms = [_norm(tensor, ord).to(tensors[0].device) for tensor in tensors if tensor.numel() > 0]
+    if not norms:
+        return {"global_norm": torch.zeros((), device=tensors[0].device)}
+    return {"global_norm": torch.linalg.vector_norm(torch.stack(norms), ord)}
+
+
+def _norm(tensor: Tensor, ord: float) -> Tensor:
+    # The inf-norm of no elements raises, and so would a rank that has none of them, while the others wait for it.
+    whole = gather(tensor) if ord == math.inf else tensor
+    return gather(torch.linalg.vector_norm(whole, ord, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+
+
+def gather(value: Tensor) -> Tensor:
+    """``value``, where it is a ``DTensor`` with the shares of all ranks, whose own is not the whole."""
+    full_tensor = getattr(value, "full_tensor", None)
+    return value if full_tensor is None else full_tensor()
+
+
+def global_norm(tensor: Tensor, group: Group) -> Tensor:
+    """What was measured, with the device and the real dtype of ``tensor``."""
+    length: Tensor = group["global_norm"].to(tensor.device, tensor.real.dtype)
+    return length
+
+
+@transform(elementwise=True, measure=measure_global_norm)
+def clip_by_global_norm(
+    tensor: Tensor, group: Group, max_norm: Annotated[float, Gt(0)], *, ord: Annotated[float, Gt(0)] = 2.0
+) -> Tensor:
+    r"""Scale down so that the ``ord``-norm of all tensors together is at most ``max_norm``.
+
+    .. math:: t \cdot \min(1, c / \|T\|_{ord}), \quad T = (t_1, t_2, \dots) \text{ all tensors of the optimizer}
+
+    Acts on each element, by a factor that all tensors share, those of all groups. Called by hand, it sees one tensor.
+    With different ``max_norm`` in different groups, each group gets a factor of its own from the one norm.
+
+    Args:
+        max_norm: The largest norm that is left alone, in units of the tensors; above 0, and infinite for no limit.
+        ord: The order of the norm, as in ``torch.linalg.vector_norm``; above 0.
+
+    Raises:
+        ValueError: ``max_norm`` or ``ord`` is not above 0.
+
+    Example:
+        >>> clip_by_global_norm(1.0)(torch.tensor([3.0, 4.0]), {})
+        tensor([0.6000, 0.8000])
+        >>> from gradchain import ParamTransformingOptimizer
+        >>> x, y = torch.tensor([0.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+        >>> (3 * x + 4 * y).backward()
+        >>> ParamTransformingOptimizer([x, y], pre=clip_by_global_norm(1.0), lr=1.0).step()
+        >>> x.item(), y.item()
+        (-0.6000..., -0.8000...)
+
+    References:
+        Pascanu et al., On the difficulty of training recurrent neural networks, https://arxiv.org/abs/1211.5063, 2012;
+        ``torch.nn.utils.clip_grad_norm_``, which divides by the norm plus 1e-6; optax ``clip_by_global_norm``.
+    """
+    return shorten(tensor, global_norm(tensor, group), max_norm)
+
+
+@transform(elementwise=True, measure=measure_global_norm)
+def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
+    r"""Divide by the 2-norm of all tensors together.
+
+    .. math:: t / \|T\|_2, \quad T = (t_1, t_2, \dots) \text{ all tensors of the optimizer}
+
+    Acts on each element, by a factor that all tensors share. Called by hand, it sees one tensor. Zero stays zero, as in
+    ``normalize``.
+
+    Example:
+        >>> normalize_by_global_norm()(torch.tensor([3.0, -4.0]), {})
+        tensor([ 0.6000, -0.8000])
+
+    References:
+        Hazan et al., Beyond Convexity: Stochastic Quasi-Convex Optimization, https://arxiv.org/abs/1507.02030, 2015;
+        optax ``normalize_by_update_norm``, which adds 1e-6 to the norm.
+    """
+    return tensor / global_norm(tensor, group).clamp_min(floor(tensor))
