@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
-from typing import Any, TypeAlias, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from gradchain.broadcast import broadcast, require_param_ndim, sub_ndim, to_batch
+from gradchain.adapters._construction import Params, check_group, make_inner
+from gradchain.adapters._states import ByParam, Member, SkippedStep, TransformStates
+from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Transform, locate, merge_hyperparameters
+from gradchain.transform import Group, Stage, Transform, locate, merge_hyperparameters, require_transform
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+SLOTS = ("pre", "update", "post")
 
 
 class ParamTransformingOptimizer(Optimizer):
     r"""Transform gradients before, and parameters after, each step of an inner optimizer.
 
-    .. math:: p \leftarrow \mathrm{post}(\mathrm{inner}(p, \; c \cdot \mathrm{pre}(\nabla p) + b))
+    .. math:: p \leftarrow \mathrm{post}(p + \mathrm{update}(\Delta)), \quad
+        \Delta = \mathrm{inner}(p, \; c \cdot \mathrm{pre}(\nabla p) + b) - p
 
     A step evaluates the closure, if there is one; applies ``pre`` to each gradient, then ``grad_scale`` (c) and
-    ``grad_bias`` (b); calls ``inner_opt.step``; and applies ``post`` to each parameter. With a closure, ``pre`` follows
-    every evaluation of it. Gradients and parameters are written in place. A parameter without a gradient is skipped by
-    ``pre`` and still gets ``post``. ``group["param"]`` is there in ``pre``, and ``group["grad"]`` in ``post``.
+    ``grad_bias`` (b); calls ``inner_opt.step``; applies ``update`` to each displacement that it made; and applies
+    ``post`` to each parameter. With a closure, ``pre`` follows every evaluation of it. Gradients and parameters are
+    written in place. A parameter without a gradient is skipped by ``pre`` and ``update`` and still gets ``post``.
+
+    In its group a transform finds, besides what the group has, ``"param"`` (in ``pre`` and ``update``, before the
+    step), ``"grad"`` (in ``update`` and ``post``), ``"index"``, the number of the parameter, and its ``"name"`` where
+    the optimizer was given named parameters.
 
     ``param_groups``, ``state`` and ``defaults`` are those of the inner optimizer, so schedulers and checkpoints work on
     either. The hyperparameters of the chains, ``param_ndim``, ``grad_scale`` and ``grad_bias`` are keys of the groups.
+    The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
+    its own; save and load them through this optimizer, since others cast them to the dtype of the parameter.
 
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
 
-    If something raises within a step, the parameters are as they were before it; gradients and the state of the inner
-    optimizer are as far as the step had come, except that a failing ``pre`` also restores the gradients.
+    If a transform or a hook raises within a step, the parameters and the states of the transforms are as they were
+    before it; gradients and the state of the inner optimizer are as far as the step had come, except that a failing
+    ``pre`` also restores the gradients. A step with a learning rate of 0 and zero gradients, which
+    ``torch.distributed.checkpoint`` makes to see the state, moves nothing.
 
     Args:
         params: Parameters, named parameters or param groups, as any optimizer takes them. Not with an instance.
         InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance.
         pre: The transform of each gradient.
+        update: The transform of each displacement. It needs a copy of the parameters, which ``post`` needs too.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
-            first dimension.
+            first dimension: each row of weights, but each element of a bias.
         grad_scale: Factor of each gradient after ``pre``, per group.
         grad_bias: Added to each gradient after the factor, per group.
         defaults: Further keys of the groups, with the values for those that lack them.
@@ -75,8 +86,11 @@ class ParamTransformingOptimizer(Optimizer):
 
     inner_opt: Optimizer
     pre: Chain
+    update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
+    _states: TransformStates
+    _vetted: bool
 
     def __init__(
         self,
@@ -84,6 +98,7 @@ class ParamTransformingOptimizer(Optimizer):
         InnerOpt: Optimizer | Callable[..., Optimizer] = SGD,
         *,
         pre: Transform | None = None,
+        update: Transform | None = None,
         post: Transform | None = None,
         param_ndim: int | None = -1,
         grad_scale: float = 1.0,
@@ -91,27 +106,48 @@ class ParamTransformingOptimizer(Optimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        chains = {slot: chain() if t is None else chain(t) for slot, t in (("pre", pre), ("post", post))}
+        given = zip(SLOTS, (pre, update, post), strict=True)
+        chains = {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in given}
         own_defaults = {
             "param_ndim": param_ndim,
             "grad_scale": grad_scale,
             "grad_bias": grad_bias,
-            **merge_hyperparameters((f"{s} {place}", t) for s in chains for place, t in chains[s].places()),
+            **merge_hyperparameters((f"{slot} {place}", t) for slot in SLOTS for place, t in chains[slot].places()),
             **(defaults or {}),
         }
-        inner_opt = _make_inner(params, InnerOpt, inner_opt_kwargs)
-        known = sorted(own_defaults.keys() & inner_opt.defaults.keys())
+        inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs)
+        if isinstance(inner_opt, ParamTransformingOptimizer):
+            raise TypeError(
+                "InnerOpt is a ParamTransformingOptimizer already; put its transforms and yours in one chain(...)"
+            )
+        # Of an earlier wrapper of the same instance, as when the cell of a notebook runs again.
+        earlier: dict[str, Any] = inner_opt.__dict__.get("_gradchain_defaults", {})
+        known = sorted(own_defaults.keys() & (inner_opt.defaults.keys() - earlier.keys() | {"params"}))
         if known:
             raise ValueError(
                 f"defaults has the keys {known} of {type(inner_opt).__name__}; pass them as keyword arguments, "
                 f"{', '.join(f'{key}=...' for key in known)}"
             )
-        for index, group in enumerate(inner_opt.param_groups):
-            _check_group(index, {**own_defaults, **group}, chains)
+        groups = [{k: v for k, v in g.items() if earlier.get(k, g) is not v} for g in inner_opt.param_groups]
+        for index, group in enumerate(groups):
+            check_group(index, {**own_defaults, **group}, chains)
+        for group, kept in zip(inner_opt.param_groups, groups, strict=True):
+            group.clear()
+            group.update(kept)
+        for key in earlier:
+            inner_opt.defaults.pop(key, None)
         inner_opt.defaults.update(own_defaults)
+        inner_opt.__dict__["_gradchain_defaults"] = own_defaults
+        attributes = {
+            "inner_opt": inner_opt,
+            "_own_defaults": own_defaults,
+            "_states": TransformStates(),
+            "_vetted": False,
+            **chains,
+        }
         # Not Optimizer.__init__: it would make groups, state and defaults of its own, apart from the inner optimizer's.
         # Its __setstate__ sets up all else: hooks, and the patched step.
-        self.__setstate__({"inner_opt": inner_opt, "_own_defaults": own_defaults, **chains})
+        ParamTransformingOptimizer.__setstate__(self, attributes)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -140,10 +176,6 @@ class ParamTransformingOptimizer(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.inner_opt.defaults = value
 
-    @overload
-    def step(self, closure: None = None) -> Any: ...
-    @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; see the class.
@@ -154,22 +186,59 @@ class ParamTransformingOptimizer(Optimizer):
         Returns:
             What the inner optimizer returns: the loss of the closure, or None.
         """
-        written_late = (closure is not None and self._acts("pre")) or self._acts("post")
-        with _restored_on_error([p for g in self.param_groups for p in g["params"]] if written_late else []):
-            if closure is None:
-                self._apply_pre_step_transform_()
-                loss = self.inner_opt.step()
-            else:
-                loss = self.inner_opt.step(self._transforming(closure))
-            self._apply_post_step_transform_()
+        self._complete_groups()
+        if not any(self._acts(slot) for slot in SLOTS):
+            return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
+        members = self._members()
+        if closure is None and self._is_rehearsal(members):
+            loss = self.inner_opt.step()
+            for slot in SLOTS:
+                self._states.start(slot, self._stage(slot), members)
+            self._states.show_in(self.inner_opt)
+            return loss
+        new_states: dict[str, ByParam] = {}
+        with _restored_on_error([m.param for m in members] if self._moves_params(closure) else []) as before:
+            for slot in ("update", "post"):
+                self._states.start(slot, self._stage(slot), members)  # at the parameters before the first step
+            try:
+                if closure is None:
+                    new_states["pre"] = self._transform_grads()
+                    loss = self.inner_opt.step()
+                else:
+                    loss = self.inner_opt.step(self._transforming(closure, new_states))
+            except SkippedStep as skipped:
+                for member, value in zip(members, before, strict=False):
+                    member.param.copy_(value)
+                if skipped.inner_state is not None:
+                    self.inner_opt.state = skipped.inner_state
+                self._states.commit({"pre": skipped.states})
+                skipped.raise_if_too_many()
+                return skipped.loss
+            if self.update:
+                new_states["update"] = self._transform_updates(members, before)
+            new_states["post"] = self._transform_params()
+        self._states.commit(new_states)
+        self._states.show_in(self.inner_opt)
+        self._vetted = True
         return loss
 
-    def _transforming(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _transforming(self, closure: Callable[[], Any], new_states: dict[str, ByParam]) -> Callable[[], Any]:
+        inner_state = None
+
         @functools.wraps(closure)
         def evaluate() -> Any:
+            nonlocal inner_state
             with torch.enable_grad():
                 loss = closure()
-            self._apply_pre_step_transform_()
+            try:
+                # Each evaluation starts from the states before the step, so that they advance once a step.
+                with torch.no_grad():
+                    new_states["pre"] = self._transform_grads()
+            except SkippedStep as skipped:
+                skipped.loss, skipped.inner_state = loss, inner_state
+                raise
+            if inner_state is None and self._states.can_skip(new_states["pre"]):
+                inner_state = self._states.copy_beside(self.inner_opt.state)  # a later evaluation may be the bad one
             return loss
 
         return evaluate
@@ -193,44 +262,95 @@ class ParamTransformingOptimizer(Optimizer):
     @torch.no_grad()
     def _apply_pre_step_transform_(self) -> None:
         """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
-        if not self._acts("pre"):
-            return
-        pre = broadcast(self.pre)
-        runs_hook = self._overrides("_pre_step_transform_")
-
-        def transform_grad(param: Tensor, group: Group) -> None:
-            grad = param.grad
-            if grad is None:
-                return
-            if pre:
-                grad.copy_(pre(grad.detach(), {**group, "param": param.detach()}))
-            if runs_hook:
-                _run_hook(self._pre_step_transform_, param, group)
-            if not _is_number(group["grad_scale"], 1.0):
-                grad.mul_(group["grad_scale"])
-            if not _is_number(group["grad_bias"], 0.0):
-                grad.add_(group["grad_bias"])
-
-        self._for_each_param("pre", _make_grad_writable)
-        with _restored_on_error([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
-            self._for_each_param("pre", transform_grad)
+        self._states.commit({"pre": self._transform_grads()})
 
     @torch.no_grad()
     def _apply_post_step_transform_(self) -> None:
         """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
-        if not self._acts("post"):
-            return
-        post = broadcast(self.post)
-        runs_hook = self._overrides("_post_step_transform_")
+        self._states.commit({"post": self._transform_params()})
 
-        def transform_param(param: Tensor, group: Group) -> None:
-            if post:
-                grad = {} if param.grad is None else {"grad": param.grad.detach()}
-                param.copy_(post(param.detach(), {**group, **grad}))
+    def _transform_grads(self) -> ByParam:
+        if not self._acts("pre"):
+            return {}
+        members = [member for member in self._members() if member.param.grad is not None]
+        self._for_each(members, "pre", _make_grad_writable)
+        grads = [member.grad for member in members]
+        runs_hook = self._overrides("_pre_step_transform_")
+        new_states: ByParam = {}
+
+        def finish(member: Member) -> None:
             if runs_hook:
-                _run_hook(self._post_step_transform_, param, group)
+                _run_hook(self._pre_step_transform_, member.param, member.group)
+            if not _is_number(member.group["grad_scale"], 1.0):
+                member.grad.mul_(member.group["grad_scale"])
+            if not _is_number(member.group["grad_bias"], 0.0):
+                member.grad.add_(member.group["grad_bias"])
 
-        self._for_each_param("post", transform_param)
+        # Results are written when all are there. Only hooks, and transforms that break the rules, write before: such a
+        # transform does it in the first step.
+        with _restored_on_error(grads if runs_hook or not self._vetted else []):
+            if self.pre:
+                contexts = [{"param": member.param.detach()} for member in members]
+                results, new_states = self._run("pre", members, [grad.detach() for grad in grads], contexts)
+                self._states.raise_if_skipped(new_states)
+                for grad, result in zip(grads, results, strict=True):
+                    grad.copy_(result)
+            self._for_each(members, "pre", finish)
+        return new_states
+
+    def _transform_updates(self, members: Sequence[Member], before: Sequence[Tensor]) -> ByParam:
+        moved = [(m, start) for m, start in zip(members, before, strict=True) if m.param.grad is not None]
+        updates = [member.param - start for member, start in moved]
+        contexts = [{"param": start, **member.grad_context()} for member, start in moved]
+        results, new_states = self._run("update", [member for member, _ in moved], updates, contexts)
+        for (member, start), update, result in zip(moved, updates, results, strict=True):
+            if result is not update:  # else before + (after - before) would be after, but for rounding
+                member.param.copy_(start + result)
+        return new_states
+
+    def _transform_params(self) -> ByParam:
+        members = self._members()
+        new_states: ByParam = {}
+        if self.post:
+            contexts = [member.grad_context() for member in members]
+            results, new_states = self._run("post", members, [member.param.detach() for member in members], contexts)
+            for member, result in zip(members, results, strict=True):
+                member.param.copy_(result)
+        if self._overrides("_post_step_transform_"):
+            self._for_each(members, "post", lambda m: _run_hook(self._post_step_transform_, m.param, m.group))
+        return new_states
+
+    def _run(
+        self, slot: str, members: Sequence[Member], tensors: Sequence[Tensor], contexts: Sequence[Group]
+    ) -> tuple[list[Tensor], ByParam]:
+        """Run the chain of a slot, and return the results and the new states, by parameter."""
+        groups = [{**m.group, **m.identity(), **context} for m, context in zip(members, contexts, strict=True)]
+        stage = self._stage(slot)
+        self._states.start(slot, stage, members)
+        try:
+            results, new_states = stage.run(tensors, groups, self._states.get(slot, members))
+        except Exception as error:
+            failed = getattr(error, "failed_group", None)
+            places = [member.place() for member, group in zip(members, groups, strict=True) if group is failed]
+            locate(error, ", ".join([slot, *places]))
+            raise
+        return results, {member.param: state for member, state in zip(members, new_states, strict=True)}
+
+    def _for_each(self, members: Sequence[Member], slot: str, act: Callable[[Member], None]) -> None:
+        for member in members:
+            try:
+                act(member)
+            except Exception as error:
+                locate(error, f"{slot}, {member.place()}")
+                raise
+
+    def _stage(self, slot: str) -> Stage:
+        return broadcast(self._chains()[slot])
+
+    def _members(self) -> list[Member]:
+        groups = enumerate(self.param_groups)
+        located = [(param, group, (g, i)) for g, group in groups for i, param in enumerate(group["params"])]
+        return [Member(param, group, position, number) for number, (param, group, position) in enumerate(located)]
 
     def _acts(self, slot: str) -> bool:
         """Whether there is anything to do in a slot."""
@@ -241,44 +361,86 @@ class ParamTransformingOptimizer(Optimizer):
         )
 
     def _overrides(self, hook: str) -> bool:
-        return getattr(type(self), hook) is not getattr(ParamTransformingOptimizer, hook)
+        return getattr(type(self), hook, None) is not getattr(ParamTransformingOptimizer, hook, None)
 
-    def _for_each_param(self, slot: str, act: Callable[[Tensor, Group], None]) -> None:
-        for group_index, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                try:
-                    act(param, group)
-                except Exception as error:
-                    locate(error, f"{slot}, {_describe(group_index, group, index)}")
-                    raise
+    def _moves_params(self, closure: Callable[[], Any] | None) -> bool:
+        """Whether parameters can have moved when a transform or a hook raises."""
+        early = closure is not None or self._overrides("_pre_step_transform_")
+        return (early and self._acts("pre")) or any(self._acts(slot) for slot in ("update", "post"))
+
+    def _is_rehearsal(self, members: Sequence[Member]) -> bool:
+        """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
+        if not all(_is_number(group.get("lr"), 0.0) for group in self.param_groups):
+            return False
+        grads = [member.grad for member in members if member.param.grad is not None]
+        return bool(grads) and not any(grad.any() for grad in grads)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the ``with`` block, parameters have their averages, from ``param_ema`` or ``lookahead`` in ``post``.
+
+        Parameters without an average, and all of them before the first step, stay as they are.
+
+        Example:
+            >>> from gradchain import param_ema
+            >>> x = torch.tensor([1.0], requires_grad=True)
+            >>> optim = ParamTransformingOptimizer([x], post=param_ema(0.5, debias=False), lr=1.0)
+            >>> x.grad = torch.tensor([1.0])
+            >>> optim.step()
+            >>> with optim.averaged():
+            ...     print(x.item())
+            0.5
+            >>> x.item()
+            0.0
+        """
+        averages = self._states.averages()
+        current = [param.detach().clone() for param, _ in averages]
+        with torch.no_grad():
+            for param, average in averages:
+                param.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (param, _), value in zip(averages, current, strict=True):
+                    param.copy_(value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
         self.inner_opt.add_param_group(param_group)
         try:
-            _check_group(len(self.param_groups) - 1, self.param_groups[-1], {"pre": self.pre, "post": self.post})
+            check_group(len(self.param_groups) - 1, self.param_groups[-1], self._chains())
         except Exception:
             del self.param_groups[-1]
             raise
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The state dict of the inner optimizer, exactly ``state`` and ``param_groups``."""
+        """The state dict of the inner optimizer, with the states of the transforms under ``"transforms"``."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
+        self._states.add_to(state_dict, self._members())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of a bare inner one; group keys that it lacks get the defaults."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        self.inner_opt.load_state_dict(state_dict)
+        states, bare = TransformStates.split(state_dict, self._members())
+        self.inner_opt.load_state_dict(bare)
         self._complete_groups()
+        self._states = states
+        self._states.show_in(self.inner_opt, [param for param, state in self.inner_opt.state.items() if state])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _chains(self) -> dict[str, Chain]:
+        return {slot: getattr(self, slot) for slot in SLOTS}
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -294,79 +456,17 @@ class ParamTransformingOptimizer(Optimizer):
         self._complete_groups()
 
     def __repr__(self) -> str:
+        slots = "".join(f"  {slot}={members},\n" for slot, members in self._chains().items())
         inner = repr(self.inner_opt).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n  pre={self.pre},\n  post={self.post},\n  inner_opt={inner}\n)"
+        return f"{type(self).__name__}(\n{slots}  inner_opt={inner}\n)"
 
 
-def _make_inner(
-    params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
-) -> Optimizer:
-    if isinstance(InnerOpt, Optimizer):
-        if params is not None or kwargs:
-            given = ["params"] * (params is not None) + sorted(kwargs)
-            raise TypeError(
-                f"InnerOpt is an instance of {type(InnerOpt).__name__} already; leave out {', '.join(given)}"
-            )
-        inner_opt = InnerOpt
-    else:
-        factory = InnerOpt.func if isinstance(InnerOpt, functools.partial) else InnerOpt
-        if not (isinstance(factory, type) and issubclass(factory, Optimizer)):
-            raise TypeError(
-                "InnerOpt must be a torch.optim.Optimizer type, a functools.partial of one or an instance, "
-                f"got {InnerOpt!r}"
-            )
-        if params is None:
-            raise ValueError(f"params are needed to make the inner optimizer, {factory.__name__}; got None")
-        inner_opt = InnerOpt(params, **kwargs)
-    if isinstance(inner_opt, ParamTransformingOptimizer):
-        raise TypeError(
-            "InnerOpt is a ParamTransformingOptimizer already; put its transforms and yours in one chain(...)"
-        )
-    return inner_opt
-
-
-def _check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
-    """Raise where a value in ``group`` is of the wrong type, is out of range or does not fit a parameter."""
-    place = f"group {group_index}"
-    known = {key for members in chains.values() for key in members.hyperparameters}
-    prefixes = {key.rpartition(".")[0] for key in known}
-    try:
-        for key in group.keys() - known:
-            prefix, dot, _ = key.rpartition(".")
-            if dot and prefix in prefixes:
-                raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
-        param_ndim = require_param_ndim(group["param_ndim"])
-        for key in ("grad_scale", "grad_bias"):
-            if not isinstance(group[key], Real | Tensor) or isinstance(group[key], bool):
-                raise TypeError(f"{key} must be a number, got {group[key]!r}")
-        for slot, members in chains.items():
-            place = f"{slot}, group {group_index}"
-            members.check(group)
-        if len(set(map(id, group["params"]))) < len(group["params"]):
-            raise ValueError("a parameter appears twice; give it once")
-        for index, param in enumerate(group["params"]):
-            place = _describe(group_index, group, index)
-            sub_ndim(param.ndim, param_ndim)
-    except (TypeError, ValueError) as error:
-        locate(error, place)
-        raise
-
-
-def _describe(group_index: int, group: Group, index: int) -> str:
-    """Which parameter it is, by name where the group has names."""
-    param = group["params"][index]
-    name = f" {group['param_names'][index]!r}" if "param_names" in group else ""
-    return f"group {group_index}, parameter {index}{name} of shape {tuple(param.shape)}, {param.dtype}"
-
-
-def _make_grad_writable(param: Tensor, group: Group) -> None:
-    grad = param.grad
-    if grad is None:
-        return
+def _make_grad_writable(member: Member) -> None:
+    grad = member.grad
     if grad.layout is not torch.strided:
         raise TypeError(f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()")
     if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-        param.grad = grad.contiguous()  # an expanded gradient: its elements share memory
+        member.param.grad = grad.contiguous()  # an expanded gradient: its elements share memory
 
 
 def _run_hook(hook: Callable[..., None], param: Tensor, group: Group) -> None:
@@ -388,11 +488,11 @@ def _run_hook(hook: Callable[..., None], param: Tensor, group: Group) -> None:
 
 
 @contextmanager
-def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give ``tensors`` back their values if the body raises."""
+def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give ``tensors`` back their values if the body raises; yields the copies."""
     saved = [tensor.detach().clone() for tensor in tensors]
     try:
-        yield
+        yield saved
     except BaseException:
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):

@@ -92,8 +92,8 @@ def test_groups_state_and_defaults_are_those_of_the_inner_optimizer() -> None:
         ({"InnerOpt": "SGD"}, TypeError, "InnerOpt must be a torch.optim.Optimizer type, .* got 'SGD'"),
         ({"params": None}, ValueError, "params are needed to make the inner optimizer, SGD; got None"),
         ({"params": []}, ValueError, "empty parameter list"),
-        ({"pre": 3}, TypeError, "member 0 of a chain must be a callable"),
-        ({"post": sign}, TypeError, "is the factory sign, not a transform; call it"),
+        ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
+        ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
         ({"param_ndim": 2}, ValueError, "group 0, parameter 0 'x' of shape .2,., torch.float32: param_ndim=2 needs"),
         (
             {"param_ndim": -2},
@@ -518,6 +518,7 @@ def test_prints_chains_inner_optimizer_and_groups() -> None:
         """\
 ParamTransformingOptimizer(
   pre=chain(clip_by_norm(max_norm=1.0)),
+  update=chain(),
   post=chain(clamp(max=1)),
   inner_opt=SGD (
   Parameter Group 0

@@ -1,0 +1,74 @@
+"""What an adapter checks before it touches anything."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradchain.broadcast import require_param_ndim, sub_ndim
+from gradchain.chain import Chain
+from gradchain.transform import Group, locate
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+def make_inner(
+    params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
+) -> Optimizer:
+    if isinstance(InnerOpt, Optimizer):
+        if params is not None or kwargs:
+            given = ["params"] * (params is not None) + sorted(kwargs)
+            raise TypeError(
+                f"InnerOpt is an instance of {type(InnerOpt).__name__} already; leave out {', '.join(given)}"
+            )
+        inner_opt = InnerOpt
+    else:
+        factory = InnerOpt.func if isinstance(InnerOpt, functools.partial) else InnerOpt
+        if not (isinstance(factory, type) and issubclass(factory, Optimizer)):
+            raise TypeError(
+                "InnerOpt must be a torch.optim.Optimizer type, a functools.partial of one or an instance, "
+                f"got {InnerOpt!r}"
+            )
+        if params is None:
+            raise ValueError(f"params are needed to make the inner optimizer, {factory.__name__}; got None")
+        inner_opt = InnerOpt(params, **kwargs)
+    return inner_opt
+
+
+def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
+    """Raise where a value in ``group`` is of the wrong type, is out of range or does not fit a parameter."""
+    place = f"group {group_index}"
+    known = {key for members in chains.values() for key in members.hyperparameters}
+    prefixes = {key.rpartition(".")[0] for key in known}
+    try:
+        for key in group.keys() - known:
+            prefix, dot, _ = key.rpartition(".")
+            if dot and prefix in prefixes:
+                raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
+        param_ndim = require_param_ndim(group["param_ndim"])
+        for key in ("grad_scale", "grad_bias"):
+            if not isinstance(group[key], Real | Tensor) or isinstance(group[key], bool):
+                raise TypeError(f"{key} must be a number, got {group[key]!r}")
+        for slot, members in chains.items():
+            place = f"{slot}, group {group_index}"
+            members.check(group)
+        if len(set(map(id, group["params"]))) < len(group["params"]):
+            raise ValueError("a parameter appears twice; give it once")
+        for index, param in enumerate(group["params"]):
+            place = describe(group_index, group, index)
+            sub_ndim(param.ndim, param_ndim)
+    except (TypeError, ValueError) as error:
+        locate(error, place)
+        raise
+
+
+def describe(group_index: int, group: Group, index: int) -> str:
+    """Which parameter it is, by name where the group has names."""
+    param = group["params"][index]
+    name = f" {group['param_names'][index]!r}" if "param_names" in group else ""
+    return f"group {group_index}, parameter {index}{name} of shape {tuple(param.shape)}, {param.dtype}"

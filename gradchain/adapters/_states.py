@@ -1,0 +1,172 @@
+"""The states of the transforms of an optimizer, and the parameters that they belong to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradchain.adapters._construction import describe
+from gradchain.transform import Group, Stage, State
+
+ByParam: TypeAlias = dict[Tensor, State]
+
+KEY = "transforms"
+"""Where, in the state of a parameter, the states of the transforms are, by slot."""
+
+
+class Member(NamedTuple):
+    """A parameter, in its place."""
+
+    param: Tensor
+    group: Group
+    position: tuple[int, int]
+    number: int
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, where there is one."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+    def grad_context(self) -> Group:
+        """The gradient as context for a transform; none where it is missing or sparse."""
+        grad = self.param.grad
+        return {} if grad is None or grad.layout is not torch.strided else {"grad": grad.detach()}
+
+    def identity(self) -> Group:
+        """What tells a transform which parameter it acts on."""
+        names = self.group.get("param_names")
+        return {"index": self.number, **({"name": names[self.position[1]]} if names else {})}
+
+    def place(self) -> str:
+        """The words that say where the parameter is."""
+        return describe(self.position[0], self.group, self.position[1])
+
+
+class TransformStates:
+    """The state of each slot, for each parameter."""
+
+    def __init__(self, by_param: ByParam | None = None) -> None:
+        self.by_param: ByParam = {} if by_param is None else by_param
+
+    def start(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
+        """Make the first states of those that have none."""
+        if stage.stateful:
+            for member in members:
+                states = self.by_param.setdefault(member.param, {})
+                if slot not in states:
+                    param = member.param.detach()
+                    states[slot] = stage.init(param, {**member.group, **member.identity(), "param": param})
+
+    def get(self, slot: str, members: Iterable[Member]) -> list[State]:
+        """The states of a slot, in the order of ``members``; empty for a slot without any."""
+        return [self.by_param.get(member.param, {}).get(slot, {}) for member in members]
+
+    def commit(self, new_states: Mapping[str, ByParam]) -> None:
+        """Take over new states, by slot."""
+        for slot, by_param in new_states.items():
+            for param, state in by_param.items():
+                if state:
+                    self.by_param[param][slot] = state
+
+    def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
+        """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
+
+        Not before the inner optimizer has seen a gradient: many make their own state only where there is none.
+        """
+        known = [param for param in self.by_param if param.grad is not None] if params is None else params
+        for param in known:
+            if param in self.by_param:
+                inner_opt.state[param][KEY] = self.by_param[param]
+
+    def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
+        """Put the states into a state dict of the inner optimizer."""
+        for key, param in _keyed_params(state_dict, members):
+            if param in self.by_param:
+                state_dict["state"][key] = {**state_dict["state"].get(key, {}), KEY: self.by_param[param]}
+
+    @staticmethod
+    def split(state_dict: dict[str, Any], members: Sequence[Member]) -> tuple[TransformStates, dict[str, Any]]:
+        """Take the states out of a state dict, which the inner optimizer would cast to the dtype of the parameter."""
+        by_param, bare = {}, {}
+        params = dict(_keyed_params(state_dict, members))
+        for key, state in state_dict["state"].items():
+            own = isinstance(state, dict) and KEY in state
+            if own:
+                by_param[params[key]] = _copy_to(state[KEY], params[key].device)
+                state = {name: value for name, value in state.items() if name != KEY}
+            if state or not own:
+                bare[key] = state
+        return TransformStates(by_param), {**state_dict, "state": bare}
+
+    def averages(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have an average in ``post``, with it."""
+        found = [(param, _find(states.get("post", {}), "average")) for param, states in self.by_param.items()]
+        return [(param, states[0]["average"]) for param, states in found if states]
+
+    def raise_if_skipped(self, new_states: ByParam) -> None:
+        """Raise ``SkippedStep`` if a transform of ``pre`` says that this step must not be made."""
+        flags = [found for state in new_states.values() for found in _find(state, "skip_step")]
+        if flags and bool(torch.stack([flag["skip_step"].cpu() for flag in flags]).any()):
+            kept = {param: _counted(self.by_param[param]["pre"], state) for param, state in new_states.items()}
+            raise SkippedStep(kept, flags)
+
+    def can_skip(self, new_states: ByParam) -> bool:
+        """Whether there is a transform that can skip a step."""
+        return any(_find(state, "skip_step") for state in new_states.values())
+
+    def copy_beside(self, inner_state: Any) -> Any:
+        """A copy of the state of the inner optimizer, with the same parameters and these states."""
+        kept = [*inner_state, *self.by_param, *self.by_param.values()]
+        return copy.deepcopy(inner_state, {id(value): value for value in kept})
+
+
+class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step
+    """Raised through the inner step when a transform says that the step must not be made."""
+
+    def __init__(self, states: ByParam, flags: Sequence[State]) -> None:
+        self.states = states
+        self.flags = flags
+        self.loss: Any = None
+        self.inner_state: Any = None
+
+    def raise_if_too_many(self) -> None:
+        """Raise a ``RuntimeError`` if more steps in a row were skipped than the transform allows."""
+        steps = [int(flag["in_a_row"]) for flag in self.flags if bool(flag["too_many"])]
+        if steps:
+            raise RuntimeError(
+                f"pre: {max(steps)} steps in a row were skipped, more than allowed; look at the gradients, lower the "
+                "learning rate, or raise the limit of the transform that skips"
+            )
+
+
+def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> list[tuple[Any, Tensor]]:
+    """The key of each parameter in ``state_dict``, which lists them in the same order."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    return list(zip(keys, (member.param for member in members), strict=False))
+
+
+def _find(state: State, key: str) -> list[State]:
+    """The dicts within ``state`` that have ``key``."""
+    if key in state:
+        return [state]
+    return [found for value in state.values() if isinstance(value, dict) for found in _find(value, key)]
+
+
+def _counted(old: State, new: State) -> State:
+    """``old``, but what counts skipped steps from ``new``."""
+    if "skip_step" in new:
+        return new
+    return {key: _counted(old[key], new[key]) if isinstance(new[key], dict) else old[key] for key in old}
+
+
+def _copy_to(state: Any, device: torch.device) -> Any:
+    """A copy of ``state`` on ``device``, each tensor with its dtype."""
+    if isinstance(state, dict):
+        return {key: _copy_to(value, device) for key, value in state.items()}
+    return state.to(device, copy=True) if isinstance(state, Tensor) else state

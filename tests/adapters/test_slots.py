@@ -1,0 +1,367 @@
+"""The whole step: the update slot, states, and what they survive."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import LBFGS, SGD, Adam, RMSprop
+
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    State,
+    broadcast,
+    chain,
+    clamp,
+    clip_by_norm,
+    normalize,
+    project_l2_ball,
+    scale,
+    sign,
+    transform,
+)
+
+INNER = [partial(SGD, lr=0.1), partial(SGD, lr=0.1, momentum=0.9), partial(Adam, lr=0.1), partial(RMSprop, lr=0.01)]
+
+
+def zero(tensor: Tensor, group: Group) -> State:
+    return {"mean": torch.zeros_like(tensor), "count": torch.zeros((), dtype=torch.int64)}
+
+
+@transform(init=zero, elementwise=True)
+def average(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+    """A running mean, which counts."""
+    mean = 0.9 * state["mean"] + 0.1 * tensor
+    return mean, {"mean": mean, "count": state["count"] + 1}
+
+
+@transform(init=lambda tensor, group: {"start": tensor.clone()})
+def stay_near_start(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+    """Half-way to where it started."""
+    return (tensor + state["start"]) / 2, state
+
+
+def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 2), (4,), (2,))]
+
+
+def train(optim: Any, params: list[nn.Parameter], steps: range) -> None:
+    """Gradients that depend on the step; the last parameter gets its first one at step 4."""
+    for step in steps:
+        for number, param in enumerate(params):
+            if number < 2 or step >= 4:
+                generator = torch.Generator().manual_seed(100 * step + number)
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optim.step()
+
+
+def everywhere(params: Any, InnerOpt: Any) -> ParamTransformingOptimizer:
+    return ParamTransformingOptimizer(
+        params, InnerOpt, pre=chain(sign(), average()), update=average(), post=chain(average(), stay_near_start())
+    )
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# The update slot
+
+
+@pytest.mark.parametrize("InnerOpt", INNER)
+def test_update_sees_and_changes_the_displacement(InnerOpt: Any) -> None:
+    params, plain = make_params(torch.float64), make_params(torch.float64)
+    seen: list[Group] = []
+
+    def spy(tensor: Tensor, group: Group) -> Tensor:
+        seen.append({"update": tensor, "param": group["param"].clone(), "grad": group["grad"].clone()})
+        return 0.5 * tensor
+
+    optim = ParamTransformingOptimizer(params, InnerOpt, update=spy, param_ndim=None)
+    inner = InnerOpt(plain)
+    for step in range(3):
+        seen.clear()
+        for ours, theirs in zip(params, plain, strict=True):
+            theirs.data.copy_(ours.data)
+        starts = [param.detach().clone() for param in params]
+        train(optim, params, range(step, step + 1))
+        train(inner, plain, range(step, step + 1))
+        for start, ours, theirs, call in zip(starts, params, plain, seen, strict=False):
+            torch.testing.assert_close(ours.detach(), start + 0.5 * (theirs.detach() - start))
+            assert_equal(call["param"], start)
+            assert_equal(call["grad"], ours.grad)
+            torch.testing.assert_close(call["update"], theirs.detach() - start)
+        assert len(seen) == 2
+
+
+def test_update_that_changes_nothing_is_exact() -> None:
+    params, plain = make_params(), make_params()
+    train(ParamTransformingOptimizer(params, Adam, update=lambda u, group: u, param_ndim=None), params, range(5))
+    train(Adam(plain), plain, range(5))
+    assert_equal(params, plain)
+
+
+def test_all_slots_in_order() -> None:
+    x = nn.Parameter(torch.tensor([1.0, -1.0]))
+    x.grad = torch.tensor([4.0, -8.0])
+    optim = ParamTransformingOptimizer([x], pre=sign(), update=scale(3.0), post=clamp(-1.5, 9), lr=1.0)
+    optim.step()
+    assert x.tolist() == [-1.5, 2.0]
+    assert optim.update == chain(scale(3.0))
+
+
+def test_failed_update_restores_parameters_and_states() -> None:
+    params = make_params()
+    fails = False
+
+    def fail_sometimes(tensor: Tensor, group: Group) -> Tensor:
+        if fails:
+            raise ArithmeticError("no")
+        return tensor
+
+    optim = ParamTransformingOptimizer(
+        [(f"p{i}", p) for i, p in enumerate(params)],
+        pre=average(),
+        update=chain(average(), fail_sometimes),
+        param_ndim=None,
+    )
+    train(optim, params, range(2))
+    before, states = [p.detach().clone() for p in params], copy.deepcopy(list(optim._states.by_param.values()))
+    fails = True
+    with pytest.raises(ArithmeticError, match=r"update, group 0, parameter 0 'p0' of shape \(3, 2\), .*: stage 1,"):
+        train(optim, params, range(2, 3))
+    assert_equal([p.detach() for p in params], before)
+    assert_equal(list(optim._states.by_param.values()), states)
+
+
+# States
+
+
+def test_states_by_hand() -> None:
+    x = torch.tensor([1.0, 2.0])
+    group: Group = {}
+    t = chain(sign(), average())
+    state = t.init(x, group)
+    assert set(state) == {"1"}
+    out, new_state = t.update(x, group, state)
+    torch.testing.assert_close(out, torch.tensor([0.1, 0.1]))
+    assert state["1"]["count"].item() == 0
+    assert new_state["1"]["count"].item() == 1
+    with pytest.raises(
+        TypeError, match=r"chain\(sign\(\), average\(\)\) has a state.*state = t.init\(tensor, group\); tens"
+    ):
+        t(x, group)
+
+
+def test_states_by_sub_tensor() -> None:
+    @transform(init=lambda tensor, group: {"largest": torch.zeros(())})
+    def divide_by_record(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        largest = state["largest"].maximum(tensor.abs().amax())
+        return tensor / largest, {"largest": largest}
+
+    rows = broadcast(divide_by_record(), 1)
+    state = rows.init(torch.zeros(2, 2), {})
+    for values, expected in (
+        ([[1.0, 2.0], [4.0, 8.0]], [[0.5, 1.0], [0.5, 1.0]]),
+        ([[1.0, 1.0]] * 2, [[0.5, 0.5], [0.125, 0.125]]),
+    ):
+        out, state = rows.update(torch.tensor(values), {}, state)
+        assert out.tolist() == expected
+    assert state["largest"].tolist() == [2.0, 8.0]
+
+
+@pytest.mark.parametrize("InnerOpt", INNER)
+def test_states_live_beside_those_of_the_inner_optimizer(InnerOpt: Any) -> None:
+    params, plain = make_params(), make_params()
+    optim = everywhere(params, InnerOpt)
+    train(optim, params, range(3))
+    inner = InnerOpt(plain)
+    train(inner, plain, range(3))
+    for ours, theirs in zip(params, plain, strict=True):
+        kept = optim.state.get(ours, {})
+        assert kept.keys() - {"transforms"} == inner.state.get(theirs, {}).keys()
+        assert ("transforms" in kept) == (ours.grad is not None)
+    counts = [states["post"]["0"]["count"].item() for states in optim._states.by_param.values()]
+    assert counts == [3, 3, 3]
+    assert [states["pre"]["1"]["count"].item() for states in optim._states.by_param.values() if "pre" in states] == [
+        3,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("InnerOpt", INNER)
+@pytest.mark.parametrize("stop", [3, 5])
+def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, stop: int) -> None:
+    whole = make_params(dtype)
+    whole_optim = everywhere(whole, InnerOpt)
+    train(whole_optim, whole, range(8))
+
+    params = make_params(dtype)
+    optim = everywhere(params, InnerOpt)
+    train(optim, params, range(stop))
+    file = io.BytesIO()
+    torch.save({"params": params, "optim": optim.state_dict()}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    fresh = [nn.Parameter(param.detach()) for param in loaded["params"]]
+    fresh_optim = everywhere(fresh, InnerOpt)
+    fresh_optim.load_state_dict(loaded["optim"])
+    train(fresh_optim, fresh, range(stop, 8))
+
+    assert_equal(fresh, whole)
+    assert_equal(fresh_optim.state_dict(), whole_optim.state_dict())
+    dtypes = {
+        state["1"]["mean"].dtype for states in fresh_optim._states.by_param.values() if (state := states.get("pre"))
+    }
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_in_the_middle(copied: Callable[[Any], Any]) -> None:
+    params = make_params()
+    optim = everywhere(params, Adam)
+    train(optim, params, range(3))
+    other_params, other = copied((params, optim))
+    train(optim, params, range(3, 6))
+    train(other, other_params, range(3, 6))
+    assert_equal(other_params, params)
+    assert_equal(other.state_dict(), optim.state_dict())
+
+
+def test_a_bare_inner_optimizer_can_load_it() -> None:
+    params = make_params()
+    optim = everywhere(params, Adam)
+    train(optim, params, range(3))
+    bare = Adam(params)
+    bare.load_state_dict(
+        {**optim.state_dict(), "state": {k: v for k, v in optim.state_dict()["state"].items() if k < 2}}
+    )
+    train(bare, params, range(3, 5))
+
+
+def test_states_advance_once_a_step_however_often_the_closure_is_called() -> None:
+    x = nn.Parameter(torch.tensor([4.0, 3.0]))
+    optim = ParamTransformingOptimizer([x], partial(LBFGS, max_iter=5), pre=average(), post=average(), lr=0.5)
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optim.zero_grad()
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    optim.step(closure)
+    assert evaluations > 2
+    assert [optim.state[x]["transforms"][slot]["0"]["count"].item() for slot in ("pre", "post")] == [1, 1]
+
+
+def test_post_starts_at_the_parameters_before_the_first_step() -> None:
+    x = nn.Parameter(torch.tensor([4.0]))
+    optim = ParamTransformingOptimizer([x], post=stay_near_start(), lr=1.0)
+    x.grad = torch.tensor([2.0])
+    optim.step()
+    assert x.item() == 3.0
+
+
+# Rehearsals, as torch.distributed.checkpoint makes them
+
+
+@pytest.mark.parametrize("InnerOpt", INNER)
+def test_step_without_lr_and_gradients_moves_nothing(InnerOpt: Any) -> None:
+    params = make_params()
+    optim = everywhere(params, InnerOpt)
+    before = [param.detach().clone() for param in params]
+    for group in optim.param_groups:
+        group["lr"] = 0.0
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optim.step()
+    assert_equal([param.detach() for param in params], before)
+    assert {states["pre"]["1"]["count"].item() for states in optim._states.by_param.values()} == {0}
+
+
+def test_distributed_checkpoint() -> None:
+    def make() -> tuple[nn.Module, ParamTransformingOptimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        pre, post = chain(normalize(), average()), project_l2_ball(0.1)
+        return model, ParamTransformingOptimizer(model.parameters(), Adam, pre=pre, post=post, lr=0.1)
+
+    model, optim = make()
+    train(optim, list(model.parameters()), range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optim))
+    other_model, other = make()
+    before = copy.deepcopy(other_model.state_dict())
+    get_optimizer_state_dict(other_model, other)
+    assert_equal(other_model.state_dict(), before)
+    set_optimizer_state_dict(other_model, other, saved)
+    other_model.load_state_dict(model.state_dict())
+    train(optim, list(model.parameters()), range(3, 5))
+    train(other, list(other_model.parameters()), range(3, 5))
+    assert_equal(other_model.state_dict(), model.state_dict())
+
+
+# Instances that others touch too
+
+
+def test_wrapping_an_instance_again_replaces_the_earlier_wrapper() -> None:
+    x = nn.Parameter(torch.tensor([3.0]))
+    inner = SGD([x], lr=1.0)
+    ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_norm(1.0), defaults={"epsilon": 1})
+    inner.param_groups[0]["grad_bias"] = 0.5
+    optim = ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_norm(2.0))
+    assert optim.param_groups[0]["clip_by_norm.max_norm"] == 2.0
+    assert optim.param_groups[0]["grad_bias"] == 0.5
+    assert "epsilon" not in {**optim.param_groups[0], **optim.defaults}
+
+
+def test_loading_into_the_inner_optimizer() -> None:
+    x = nn.Parameter(torch.tensor([3.0]))
+    optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), lr=1.0)
+    optim.inner_opt.load_state_dict(SGD([x], lr=2.0).state_dict())
+    x.grad = torch.tensor([5.0])
+    optim.step()
+    assert x.item() == 1.0
+
+
+def test_sparse_gradient_is_no_context() -> None:
+    embedding = nn.Embedding(3, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    optim = ParamTransformingOptimizer(embedding.parameters(), post=project_l2_ball(0.1), lr=0.1)
+    optim.step()
+    assert embedding.weight.norm(dim=1).max() <= 0.1 + 1e-6
+
+
+def test_hook_that_fails_after_it_moved_a_parameter() -> None:
+    class Failing(ParamTransformingOptimizer):
+        def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
+            param.add_(1)
+            if param.numel() == 2:
+                raise ArithmeticError("no")
+
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ArithmeticError):
+        train(Failing(params), params, range(4, 5))
+    assert_equal([param.detach() for param in params], before)
+
+
+def test_transform_that_writes_to_its_context() -> None:
+    def writes(tensor: Tensor, group: Group) -> Tensor:
+        group["param"].zero_()
+        return tensor
+
+    params = make_params()
+    with pytest.raises(ValueError, match=r'pre, group 0, .*: writes wrote to group\["param"\]; return a new tensor'):
+        train(ParamTransformingOptimizer(params, pre=writes, param_ndim=None), params, range(1))
