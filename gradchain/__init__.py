@@ -1,15 +1,23 @@
 """Pure, composable transforms of gradients, updates and parameters around any ``torch.optim`` step."""
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
+from gradchain.adapters.scheduler import as_lr
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
-from gradchain.transform import Group, Transform, transform
+from gradchain.masked import freeze, masked, partition
+from gradchain.transform import Group, State, Transform, transform
+from gradchain.transforms.average import lookahead, param_ema
 from gradchain.transforms.clip import clip_adaptive, clip_by_norm, clip_by_rms
 from gradchain.transforms.elementwise import add, clamp, scale, sign, zero_nonfinite
+from gradchain.transforms.filter import accumulate, amplify_slow, ema, extrapolate, trace, with_error_feedback
 from gradchain.transforms.geometry import reject_from_param
+from gradchain.transforms.global_norm import clip_by_global_norm, normalize_by_global_norm
+from gradchain.transforms.history import clip_by_history, clip_by_zscore
 from gradchain.transforms.lmo import lmo_l1, lmo_l2, lmo_linf
+from gradchain.transforms.noise import add_noise, dropout
 from gradchain.transforms.normalize import centralize, normalize, standardize
 from gradchain.transforms.project import (
+    project_ball_around_reference,
     project_box,
     project_halfspace,
     project_hyperplane,
@@ -21,25 +29,55 @@ from gradchain.transforms.project import (
     project_nonnegative,
     project_simplex,
 )
+from gradchain.transforms.skip import skip_large, skip_nonfinite
 from gradchain.transforms.sparsify import keep_top_q
+from gradchain.transforms.update import (
+    cautious,
+    decay_to_init,
+    decay_weights,
+    scale_by_param_norm,
+    scale_by_param_rms,
+    trust_ratio,
+)
 
 __all__ = [
     "Group",
     "ParamTransformingOptimizer",
+    "State",
     "Transform",
+    "accumulate",
     "add",
+    "add_noise",
+    "amplify_slow",
+    "as_lr",
     "broadcast",
+    "cautious",
     "centralize",
     "chain",
     "clamp",
     "clip_adaptive",
+    "clip_by_global_norm",
+    "clip_by_history",
     "clip_by_norm",
     "clip_by_rms",
+    "clip_by_zscore",
+    "decay_to_init",
+    "decay_weights",
+    "dropout",
+    "ema",
+    "extrapolate",
+    "freeze",
     "keep_top_q",
     "lmo_l1",
     "lmo_l2",
     "lmo_linf",
+    "lookahead",
+    "masked",
     "normalize",
+    "normalize_by_global_norm",
+    "param_ema",
+    "partition",
+    "project_ball_around_reference",
     "project_box",
     "project_halfspace",
     "project_hyperplane",
@@ -52,9 +90,16 @@ __all__ = [
     "project_simplex",
     "reject_from_param",
     "scale",
+    "scale_by_param_norm",
+    "scale_by_param_rms",
     "sign",
+    "skip_large",
+    "skip_nonfinite",
     "standardize",
     "to_batch",
+    "trace",
     "transform",
+    "trust_ratio",
+    "with_error_feedback",
     "zero_nonfinite",
 ]

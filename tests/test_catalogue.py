@@ -66,32 +66,33 @@ def test_projections(case: Case) -> None:
 def test_projections_leave_points_of_the_set_alone(case: Case) -> None:
     assert case.contains is not None
     inside = [x for x in torch.randn(1000, 3, dtype=torch.float64) if case.contains(x)]
-    for x in [*inside, case.transform(torch.randn(3, dtype=torch.float64), {})]:
-        assert_close(case.transform(x, {}), x)
+    for x in [*inside, case(torch.randn(3, dtype=torch.float64), {})]:
+        assert_close(case(x, {}), x)
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])
 @each([case for case in CASES if "deterministic" not in case.skip])
 def test_derivatives(case: Case, factor: float) -> None:
     tensor = factor * torch.randn(2, 3, dtype=torch.float64)
-    param = torch.randn(2, 3, dtype=torch.float64)
-    assert gradcheck(lambda t, p: case.transform(t, {"param": p}), (tensor.requires_grad_(), param.requires_grad_()))
+    param, grad = torch.randn(2, 2, 3, dtype=torch.float64).unbind()
+    inputs = tensor.requires_grad_(), param.requires_grad_()
+    assert gradcheck(lambda t, p: case(t, {"param": p, "grad": grad}), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each([case for case in CASES if "half_precision" not in case.skip])
 def test_half_precision_is_rounded_once(case: Case, dtype: torch.dtype) -> None:
     tensor = torch.linspace(-3, 5, 7110).reshape(-1, 3).to(dtype)
-    group = {"param": tensor.roll(1, 0)}
-    expected = case.transform(tensor.float(), {"param": group["param"].float()}).to(dtype)
-    assert torch.equal(case.transform(tensor, group), expected)
+    group = {"param": tensor.roll(1, 0), "grad": tensor.roll(2, 0)}
+    expected = case(tensor.float(), {key: value.float() for key, value in group.items()}).to(dtype)
+    assert torch.equal(case(tensor, group), expected)
 
 
 @each([case for case in CASES if "deterministic" not in case.skip and case.transform.hyperparameters])
 def test_hyperparameters_can_be_tensors(case: Case) -> None:
     tensor, group = torch.randn(4, 3), context()
     own = {key: torch.as_tensor(value) for key, value in case.transform.hyperparameters.items() if value is not None}
-    assert_close(case.transform(tensor, {**group, **own}), case.transform(tensor, group))
+    assert_close(case(tensor, {**group, **own}), case(tensor, group))
 
 
 @each(CASES)

@@ -1,0 +1,219 @@
+"""A transform for some parameters or some entries, or one for each kind of parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradchain.chain import Chain, chain
+from gradchain.transform import Combinator, Group, State, Transform, show, transform
+
+Where: TypeAlias = str | Tensor | Callable[[Group], bool]
+
+
+def masked(transform: Transform, where: Where) -> Combinator:
+    """Apply a transform to some parameters, or to some entries, and leave the others as they are.
+
+    Args:
+        transform: Any transform. A view over all tensors, such as a global norm, is one over the selected parameters.
+        where: Which ones: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named parameters; a
+            function of the group, ``(group) -> bool``, called for each parameter; or a boolean tensor that broadcasts
+            to each parameter and selects entries.
+
+    Raises:
+        TypeError: ``where`` is none of these.
+        ValueError: When called: a pattern is given, and the group has no ``"name"``.
+
+    Example:
+        >>> from gradchain import scale
+        >>> only_biases = masked(scale(2.0), "*.bias")
+        >>> only_biases(torch.ones(2), {"name": "fc.bias"}), only_biases(torch.ones(2), {"name": "fc.weight"})
+        (tensor([2., 2.]), tensor([1., 1.]))
+        >>> masked(scale(2.0), torch.tensor([True, False]))(torch.ones(2), {})
+        tensor([2., 1.])
+
+    References:
+        optax ``masked``.
+    """
+    is_mask = isinstance(where, Tensor) and where.dtype is torch.bool
+    if not (is_mask or isinstance(where, str) or (callable(where) and not isinstance(where, Tensor))):
+        raise TypeError(
+            "where must be a pattern of names, a function (group) -> bool or a boolean tensor, "
+            f"got {where.dtype if isinstance(where, Tensor) else repr(where)}"
+        )
+    if isinstance(transform, Chain) and not isinstance(where, Tensor):
+        return chain(*(masked(member, where) for member in transform))
+    return Masked(transform, where)
+
+
+def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partition:
+    """Apply to each parameter the transform of its kind.
+
+    Args:
+        transforms: A transform for each kind. Kinds that are strings are patterns, such as ``"*.bias"`` and ``"*"`` for
+            all others; the first that matches counts.
+        by: The key of the group that says what kind a parameter is; ``"name"`` is its name, if the optimizer has named
+            parameters.
+
+    Raises:
+        ValueError: When called: the group has no such key, or a parameter is of no kind that there is.
+
+    Example:
+        >>> from gradchain import scale, sign
+        >>> kinds = partition({"*.bias": sign(), "*": scale(2.0)})
+        >>> kinds(torch.tensor([3.0]), {"name": "fc.bias"}), kinds(torch.tensor([3.0]), {"name": "fc.weight"})
+        (tensor([1.]), tensor([6.]))
+
+    References:
+        optax ``partition``.
+    """
+    return Partition(transforms, by)
+
+
+def freeze(where: Where) -> Combinator:
+    """Set to zero what is selected: in ``update``, the selected parameters or entries stay where they are.
+
+    Args:
+        where: Which ones, as in ``masked``.
+
+    Raises:
+        TypeError: ``where`` is of the wrong type.
+
+    Example:
+        >>> freeze("*.bias")(torch.ones(2), {"name": "fc.bias"})
+        tensor([0., 0.])
+
+    References:
+        optax ``freeze``.
+    """
+    return masked(set_to_zero(), where)
+
+
+@transform(elementwise=True)
+def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
+    """Replace by zeros."""
+    return torch.zeros_like(tensor)
+
+
+class Masked(Combinator):
+    """A transform of what is selected. Made by ``masked``."""
+
+    name = "masked"
+
+    def __init__(self, transform: Transform, where: Where) -> None:
+        super().__init__([transform])
+        self.where = where
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state of the transform, if the parameter is selected."""
+        return self.stages[0].init(tensor, group) if self._selects(group) else {}
+
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform the selected tensors together."""
+        chosen = [i for i, group in enumerate(groups) if self._selects(group)]
+        results, new_states = list(tensors), list(states)
+        transformed = self.stages[0].run(
+            [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
+        )
+        for i, result, new_state in zip(chosen, *transformed, strict=True):
+            results[i] = torch.where(self.where, result, tensors[i]) if isinstance(self.where, Tensor) else result
+            new_states[i] = new_state
+        return results, new_states
+
+    def rebuild(self, members: Sequence[Transform]) -> Combinator:
+        """The same for another transform."""
+        return masked(members[0], self.where)
+
+    def _selects(self, group: Group) -> bool:
+        if isinstance(self.where, Tensor):
+            return True
+        return fnmatchcase(_read(group, "name", self), self.where) if isinstance(self.where, str) else self.where(group)
+
+    def __repr__(self) -> str:
+        where = repr(self.where) if isinstance(self.where, str | Tensor) else show(self.where)
+        return f"masked({show(self.members[0])}, {where})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masked):
+            return NotImplemented
+        if isinstance(self.where, Tensor) and isinstance(other.where, Tensor):
+            return self.members == other.members and torch.equal(self.where, other.where)
+        tensors = isinstance(self.where, Tensor) or isinstance(other.where, Tensor)
+        return not tensors and (self.members, self.where) == (other.members, other.where)
+
+    def __hash__(self) -> int:
+        return hash(("masked", self.members, None if isinstance(self.where, Tensor) else self.where))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return masked, (self.members[0], self.where)
+
+
+class Partition(Combinator):
+    """A transform for each kind of parameter. Made by ``partition``."""
+
+    name = "partition"
+
+    def __init__(self, transforms: Mapping[Any, Transform], by: str) -> None:
+        super().__init__(transforms.values())
+        self.kinds = tuple(transforms)
+        self.by = by
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state of the transform for this kind."""
+        return self.stages[self._kind(group)].init(tensor, group)
+
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform the tensors of each kind together."""
+        kinds = [self._kind(group) for group in groups]
+        results, new_states = list(tensors), list(states)
+        for kind, stage in enumerate(self.stages):
+            chosen = [i for i, each in enumerate(kinds) if each == kind]
+            transformed = stage.run(
+                [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
+            )
+            for i, result, new_state in zip(chosen, *transformed, strict=True):
+                results[i], new_states[i] = result, new_state
+        return results, new_states
+
+    def rebuild(self, members: Sequence[Transform]) -> Partition:
+        """The same with other transforms."""
+        return Partition(dict(zip(self.kinds, members, strict=True)), self.by)
+
+    def _kind(self, group: Group) -> int:
+        value = _read(group, self.by, self)
+        for index, kind in enumerate(self.kinds):
+            if fnmatchcase(value, kind) if isinstance(kind, str) and isinstance(value, str) else value == kind:
+                return index
+        raise ValueError(
+            f'{self!r} has no transform for group["{self.by}"], {value!r}; add one, or "*": chain() for none'
+        )
+
+    def __repr__(self) -> str:
+        pairs = ", ".join(f"{kind!r}: {show(member)}" for kind, member in zip(self.kinds, self.members, strict=True))
+        return f"partition({{{pairs}}}, by={self.by!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Partition):
+            return NotImplemented
+        return (self.kinds, self.members, self.by) == (other.kinds, other.members, other.by)
+
+    def __hash__(self) -> int:
+        return hash(("partition", self.kinds, self.members, self.by))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Partition, (dict(zip(self.kinds, self.members, strict=True)), self.by)
+
+
+def _read(group: Group, key: str, reader: object) -> Any:
+    if key not in group:
+        remedy = "give the optimizer model.named_parameters()" if key == "name" else "set it in the param groups"
+        raise ValueError(f'{reader!r} reads group["{key}"], which is not there; {remedy}')
+    return group[key]
