@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS ?= test
 
 .PHONY: demo test lint clean
 
@@ -21,5 +22,5 @@ clean:
 # The constraints hold for the build backend too, hence the variable and not -c.
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[test]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
