@@ -40,5 +40,14 @@ def test_constrained(tmp_path: Path) -> None:
     assert violation["projected"] < 1e-5 < 0.1 < violation["free"]
 
 
+def test_whole_step(tmp_path: Path) -> None:
+    output = tmp_path / "whole_step.png"
+    said = run("whole_step.py", "--output", output)
+    assert is_png(output)
+    accuracies = [float(share) for share in re.findall(r"accuracy ([\d.]+)%", said)]
+    assert len(accuracies) == 4
+    assert min(accuracies) > 75
+
+
 def test_pure_functions() -> None:
     assert 'breaks the law "differentiable"' in run("pure_functions.py")
