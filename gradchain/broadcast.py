@@ -97,6 +97,7 @@ class Broadcast(Each):
         self.stage = stage
         self.hyperparameters = stage.hyperparameters
         self.stateful = stage.stateful
+        self.shares_state = stage.shares_state
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""

@@ -57,6 +57,10 @@ class Chain(Combinator, Sequence[Transform]):
         for index, stage in enumerate(self.stages):
             key = str(index)
             try:
+                if stage.stateful and any(key not in state for state in states):
+                    raise ValueError(
+                        "the state has nothing for it; it comes from state = t.init(tensor, group), or the step before"
+                    )
                 stage_states = [state[key] if stage.stateful else {} for state in states]
                 tensors, stage_states = stage.run(tensors, groups, stage_states)
             except Exception as error:

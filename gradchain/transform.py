@@ -88,13 +88,16 @@ def transform(
 
     Args:
         init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
-            tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)``.
+            tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)`` and
+            returns a new state. ``clone()`` what is kept of an input: an optimizer writes to it later.
         elementwise: Each element of the result depends on that element alone, so that no reshaping is needed.
         whole: The formula itself says which dimensions it acts on. The ``param_ndim`` of a group is not for it; an
             explicit ``broadcast(t, param_ndim)`` is.
         real_only: Complex tensors are a ``TypeError``.
         measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
-            a dict that the function finds in its group.
+            a dict that the function finds in its group. The tensors are as they are, half precision included, and the
+            arguments those of the first group. With ``init`` too, the state is one for all tensors: it may depend on
+            what was measured, and on nothing else.
 
     Example:
         >>> from typing import Annotated
@@ -121,6 +124,14 @@ def transform(
         >>> _, state = cumulate().update(x, group, state)
         >>> cumulate().update(x, group, state)[0]
         tensor([2., 4.])
+
+        >>> def largest(tensors: list[Tensor]) -> dict[str, Tensor]:
+        ...     return {"largest": torch.stack([tensor.abs().max() for tensor in tensors]).max()}
+        >>> @transform(measure=largest)
+        ... def divide_by_largest(tensor: Tensor, group: Group) -> Tensor:
+        ...     return tensor / group["largest"]
+        >>> divide_by_largest().run([torch.tensor([1.0]), torch.tensor([-4.0])], [{}, {}], [{}, {}])[0]
+        [tensor([0.2500]), tensor([-1.])]
     """
 
     def decorate(function: Callable[..., Any]) -> TransformFactory[...]:
@@ -136,6 +147,9 @@ class Stage(ABC):
     """The default of every hyperparameter, by its key in a group."""
 
     stateful: bool
+
+    shares_state: bool
+    """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
 
     @abstractmethod
     def init(self, tensor: Tensor, group: Group) -> State:
@@ -180,11 +194,20 @@ class Each(Stage):
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
         """Transform all tensors, one after the other."""
-        view = self.measure(tensors, groups)
+        full = [(tensor, group) for tensor, group in zip(tensors, groups, strict=True) if tensor.numel()]
+        view = self.measure([tensor for tensor, _ in full], [group for _, group in full])
+        if self.shares_state:
+            states = [_as(states[0], state) for state in states]
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
                 result, new_state = self.act(tensor, {**group, **view}, state)
+                if (
+                    self.shares_state and full and not tensor.numel()
+                ):  # a tensor that takes no part keeps up with the others
+                    single = tensor.new_zeros((1,) * tensor.ndim)
+                    context = {key: single for key in CONTEXT if key in group}
+                    _, new_state = self.act(single, {**group, **context, **view}, state)
             except Exception as error:
                 error.failed_group = group  # type: ignore[attr-defined] # the optimizer knows which parameter it is
                 raise
@@ -197,6 +220,7 @@ class Function(Each):
     """A plain callable, as a stage."""
 
     stateful = False
+    shares_state = False
 
     def __init__(self, function: Transform) -> None:
         self.function = function
@@ -232,6 +256,11 @@ class BoundTransform(Each):
         """Whether it remembers something from step to step."""
         return self.definition.init is not None
 
+    @property
+    def shares_state(self) -> bool:  # type: ignore[override]
+        """Whether its state is one for all tensors of an optimizer."""
+        return self.stateful and self.definition.measure is not None
+
     def named(self, prefix: str) -> BoundTransform:
         """Keep the hyperparameters under ``"<prefix>.<parameter>"``, apart from those of another such transform.
 
@@ -248,7 +277,10 @@ class BoundTransform(Each):
         """The first state for a parameter ``tensor``; empty where there is none to keep."""
         if self.definition.init is None:
             return {}
-        return self.definition.init(*self._widen(tensor, group), **self._read(group))
+        state = self.definition.init(*self._widen(tensor, group), **self._read(group))
+        if not _is_state(state):
+            raise TypeError(f"{self!r}: init must return a dict of tensors, or of such dicts, got {state!r}")
+        return state
 
     def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
         """What ``act`` finds in its group about all tensors; the arguments are those of the first group."""
@@ -275,8 +307,16 @@ class BoundTransform(Each):
             nonlocal new_state
             if not self.stateful:
                 return cast("Tensor", function(wide, wide_group, **arguments))
-            result = function(wide, wide_group, state, **arguments)
-            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            try:
+                result = function(wide, wide_group, state, **arguments)
+            except KeyError as error:
+                if state or not error.args or error.args[0] in CONTEXT:
+                    raise
+                raise ValueError(
+                    f"{self!r}: the state has no {error.args[0]!r}; it comes from state = t.init(tensor, group), "
+                    "or from the step before"
+                ) from None
+            if not (isinstance(result, tuple) and len(result) == 2 and _is_state(result[1])):
                 raise TypeError(f"{self!r} must return (tensor, state), got {type(result).__name__}")
             new_state = result[1]
             return cast("Tensor", result[0])
@@ -309,7 +349,7 @@ class BoundTransform(Each):
 
     def __repr__(self) -> str:
         parameters = self.definition.signature.parameters
-        given = [f"{n}={_show_value(v)}" for n, v in self.arguments.items() if not _same(v, parameters[n].default)]
+        given = [f"{n}={_show_value(v)}" for n, v in self.arguments.items() if not is_same(v, parameters[n].default)]
         suffix = "" if self.prefix == self.definition.name else f".named({self.prefix!r})"
         return f"{self.definition.name}({', '.join(given)}){suffix}"
 
@@ -319,7 +359,7 @@ class BoundTransform(Each):
         return (
             self.definition is other.definition
             and self.prefix == other.prefix
-            and all(_same(value, other.arguments[name]) for name, value in self.arguments.items())
+            and all(is_same(value, other.arguments[name]) for name, value in self.arguments.items())
         )
 
     def __hash__(self) -> int:
@@ -413,6 +453,7 @@ class Combinator(Stage):
         self.stages = tuple(as_stage(member) for member in self.members)
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
+        self.shares_state = any(stage.shares_state for stage in self.stages)
 
     name = "a combinator"
 
@@ -460,7 +501,7 @@ def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]
     for place, stage in places:
         for key, value in stage.hyperparameters.items():
             known = merged.setdefault(key, value)
-            if value is not known and not _same(value, known):
+            if value is not known and not is_same(value, known):
                 raise ValueError(
                     f'the hyperparameter "{key}" has two defaults: {merged[key]!r} ({origin[key]}) and {value!r} '
                     f'({place}). Give one of them keys of its own, for example with .named("grad").'
@@ -519,12 +560,22 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
     return result
 
 
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, Tensor) or _is_state(v) for v in value.values())
+
+
+def _as(state: Any, form: Any) -> Any:
+    """``state`` in the dtypes and on the devices of ``form``."""
+    return {k: _as(v, form[k]) for k, v in state.items()} if isinstance(state, dict) else state.to(form)
+
+
 def _version(tensor: Tensor) -> int:
     # Neither graphs nor inference tensors count writes.
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def _same(a: object, b: object) -> bool:
+def is_same(a: object, b: object) -> bool:
+    """Whether two values of a hyperparameter are the same."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, Generator) and isinstance(b, Generator):

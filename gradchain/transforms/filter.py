@@ -264,7 +264,11 @@ class ErrorFeedback(Combinator):
         """Run all tensors through the transform at once, so that it can measure all of them."""
         (stage,) = self.stages
         wide = [_widen(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
-        totals = [tensor + state["error"] for (tensor, _), state in zip(wide, states, strict=True)]
+        # A tensor that takes no part in a step is given as one without elements.
+        totals = [
+            tensor + state["error"] if tensor.numel() else tensor
+            for (tensor, _), state in zip(wide, states, strict=True)
+        ]
         wide_groups = [group for _, group in wide]
         try:
             results, inner = stage.run(totals, wide_groups, [state.get("inner", {}) for state in states])
@@ -276,8 +280,8 @@ class ErrorFeedback(Combinator):
             raise
         results = [result.to(tensor.dtype) for result, tensor in zip(results, tensors, strict=True)]
         new_states: list[State] = [
-            {"error": total - result, **({"inner": state} if stage.stateful else {})}
-            for total, result, state in zip(totals, results, inner, strict=True)
+            {"error": total - result if total.numel() else old["error"], **({"inner": new} if stage.stateful else {})}
+            for total, result, old, new in zip(totals, results, states, inner, strict=True)
         ]
         return results, new_states
 

@@ -1,7 +1,7 @@
 """Transforms that shorten a gradient that is long in comparison with those of earlier steps.
 
-The length is the 2-norm of all tensors of the optimizer together. What it was in earlier steps is in the state, once
-for each parameter, so that a checkpoint of any of them is complete. NaN and infinite norms are not kept.
+The length is the 2-norm of all tensors of the optimizer together. What it was in earlier steps is in the state, which
+is the same for all parameters, also for those without a gradient. NaN and infinite norms are not kept.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Transforms that call a whole step off, and count how often they do.
+"""Transforms that skip a whole step, and count how often they do.
 
 They belong in ``pre``. When one says that the step must not be made, ``ParamTransformingOptimizer`` leaves parameters,
 the state of the inner optimizer and the states of all other transforms as they were, and keeps the counters only. To
@@ -51,7 +51,7 @@ def _skip(tensor: Tensor, is_bad: Tensor, state: State, max_consecutive: int) ->
 def skip_nonfinite(
     tensor: Tensor, group: Group, state: State, max_consecutive: Annotated[int, Ge(0)] = 10
 ) -> tuple[Tensor, State]:
-    r"""Call off the whole step if an element of any tensor is NaN or infinite.
+    r"""Skip the whole step if an element of any tensor is NaN or infinite.
 
     .. math:: t \text{ if all elements of } T = (t_1, t_2, \dots) \text{ are finite, else the step is not made}
 
@@ -89,7 +89,7 @@ def skip_large(
     *,
     ord: Annotated[float, Gt(0)] = 2.0,
 ) -> tuple[Tensor, State]:
-    r"""Call off the whole step if the ``ord``-norm of all tensors together is above ``max_norm``, or NaN.
+    r"""Skip the whole step if the ``ord``-norm of all tensors together is above ``max_norm``, or NaN.
 
     .. math:: t \text{ if } \|T\|_{ord} \le c, \; T = (t_1, t_2, \dots), \text{ else the step is not made}
 
