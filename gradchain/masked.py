@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradchain.chain import Chain, chain
-from gradchain.transform import Combinator, Group, State, Transform, show, transform
+from gradchain.transform import Combinator, Group, State, Transform, locate, show, transform
 
 Where: TypeAlias = str | Tensor | Callable[[Group], bool]
 
@@ -19,10 +19,12 @@ def masked(transform: Transform, where: Where) -> Combinator:
     """Apply a transform to some parameters, or to some entries, and leave the others as they are.
 
     Args:
-        transform: Any transform. A view over all tensors, such as a global norm, is one over the selected parameters.
+        transform: Any transform. A view over all tensors, such as a global norm, is one over the selected parameters;
+            with a mask of entries, over all entries.
         where: Which ones: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named parameters; a
-            function of the group, ``(group) -> bool``, called for each parameter; or a boolean tensor that broadcasts
-            to each parameter and selects entries.
+            function of the group, ``(group) -> bool``, called for each parameter, which finds there the keys of the
+            param group, ``"shape"``, ``"index"`` and, if it is known, ``"name"``; or a boolean tensor that broadcasts
+            to each parameter and selects entries. What is selected must not change while there is a state.
 
     Raises:
         TypeError: ``where`` is none of these.
@@ -60,7 +62,9 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
             parameters.
 
     Raises:
-        ValueError: When called: the group has no such key, or a parameter is of no kind that there is.
+        TypeError: ``transforms`` is no mapping.
+        ValueError: Two transforms have one hyperparameter key with two defaults; ``.named(prefix)`` tells them apart.
+            When called: the group has no such key, or a parameter is of no kind that there is.
 
     Example:
         >>> from gradchain import scale, sign
@@ -71,6 +75,8 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
     References:
         optax ``partition``.
     """
+    if not isinstance(transforms, Mapping):
+        raise TypeError(f"partition needs a dict of transforms, by kind, got {transforms!r}")
     return Partition(transforms, by)
 
 
@@ -122,13 +128,23 @@ class Masked(Combinator):
             [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
         )
         for i, result, new_state in zip(chosen, *transformed, strict=True):
-            results[i] = torch.where(self.where, result, tensors[i]) if isinstance(self.where, Tensor) else result
+            results[i] = self._mix(result, tensors[i], groups[i])
             new_states[i] = new_state
         return results, new_states
 
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
         """The same for another transform."""
         return masked(members[0], self.where)
+
+    def _mix(self, result: Tensor, tensor: Tensor, group: Group) -> Tensor:
+        if not isinstance(self.where, Tensor) or not tensor.numel():
+            return result
+        try:
+            return torch.where(self.where.to(tensor.device).expand(tensor.shape), result, tensor)
+        except RuntimeError as error:
+            error.failed_group = group  # type: ignore[attr-defined]
+            locate(error, f"masked: the mask of shape {tuple(self.where.shape)} does not fit {tuple(tensor.shape)}")
+            raise
 
     def _selects(self, group: Group) -> bool:
         if isinstance(self.where, Tensor):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradchain.adapters._construction import describe
-from gradchain.transform import Group, Stage, State
+from gradchain.transform import Group, Stage, State, show
 
 ByParam: TypeAlias = dict[Tensor, State]
 
@@ -38,10 +39,11 @@ class Member(NamedTuple):
         grad = self.param.grad
         return {} if grad is None or grad.layout is not torch.strided else {"grad": grad.detach()}
 
-    def identity(self) -> Group:
-        """What tells a transform which parameter it acts on."""
+    def identity(self, slot: str) -> Group:
+        """What tells a transform where it acts, and on which parameter."""
         names = self.group.get("param_names")
-        return {"index": self.number, **({"name": names[self.position[1]]} if names else {})}
+        name = {"name": names[self.position[1]]} if names else {}
+        return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
     def place(self) -> str:
         """The words that say where the parameter is."""
@@ -60,8 +62,7 @@ class TransformStates:
             for member in members:
                 states = self.by_param.setdefault(member.param, {})
                 if slot not in states:
-                    param = member.param.detach()
-                    states[slot] = stage.init(param, {**member.group, **member.identity(), "param": param})
+                    states[slot] = own(first_state(slot, stage, member), member.param)
 
     def get(self, slot: str, members: Iterable[Member]) -> list[State]:
         """The states of a slot, in the order of ``members``; empty for a slot without any."""
@@ -84,6 +85,10 @@ class TransformStates:
             if param in self.by_param:
                 inner_opt.state[param][KEY] = self.by_param[param]
 
+    def keep_those_in(self, inner_state: Mapping[Tensor, Any]) -> None:
+        """Drop the states of parameters that are not shown in ``inner_state``, such as one that was reset."""
+        self.by_param = {p: s for p, s in self.by_param.items() if KEY in inner_state.get(p, {})}
+
     def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
         """Put the states into a state dict of the inner optimizer."""
         for key, param in _keyed_params(state_dict, members):
@@ -97,7 +102,7 @@ class TransformStates:
         params = dict(_keyed_params(state_dict, members))
         for key, state in state_dict["state"].items():
             own = isinstance(state, dict) and KEY in state
-            if own:
+            if own and key in params:
                 by_param[params[key]] = _copy_to(state[KEY], params[key].device)
                 state = {name: value for name, value in state.items() if name != KEY}
             if state or not own:
@@ -107,6 +112,8 @@ class TransformStates:
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have an average in ``post``, with it."""
         found = [(param, _find(states.get("post", {}), "average")) for param, states in self.by_param.items()]
+        if any(len(states) > 1 for _, states in found):
+            raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
         return [(param, states[0]["average"]) for param, states in found if states]
 
     def raise_if_skipped(self, new_states: ByParam) -> None:
@@ -116,14 +123,31 @@ class TransformStates:
             kept = {param: _counted(self.by_param[param]["pre"], state) for param, state in new_states.items()}
             raise SkippedStep(kept, flags)
 
-    def can_skip(self, new_states: ByParam) -> bool:
+    @staticmethod
+    def can_skip(states: Iterable[State]) -> bool:
         """Whether there is a transform that can skip a step."""
-        return any(_find(state, "skip_step") for state in new_states.values())
+        return any(_find(state, "skip_step") for state in states)
+
+    def require_form(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
+        """Raise where a state has not the form that ``stage`` gives it."""
+        for member in members:
+            state = self.by_param.get(member.param, {}).get(slot)
+            if state is not None and _form(state) != _form(first_state(slot, stage, member)):
+                raise ValueError(
+                    f"{slot}, {member.place()}: the loaded state is not one of {show(stage)}, but of other transforms "
+                    "or another shape; load it into an optimizer with the chain that it was saved from"
+                )
 
     def copy_beside(self, inner_state: Any) -> Any:
         """A copy of the state of the inner optimizer, with the same parameters and these states."""
         kept = [*inner_state, *self.by_param, *self.by_param.values()]
         return copy.deepcopy(inner_state, {id(value): value for value in kept})
+
+
+def first_state(slot: str, stage: Stage, member: Member) -> State:
+    """The state of a parameter before its first step."""
+    param = member.param.detach()
+    return stage.init(param, {**member.group, **member.identity(slot), "param": param})
 
 
 class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step
@@ -165,8 +189,29 @@ def _counted(old: State, new: State) -> State:
     return {key: _counted(old[key], new[key]) if isinstance(new[key], dict) else old[key] for key in old}
 
 
+def own(state: State, param: Tensor) -> State:
+    """``state``, without sharing memory with the parameter or its gradient, which are written to in place."""
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in (param, param.grad) if _has_storage(tensor)}
+    owned: State = _map(
+        state, lambda v: v.clone() if _has_storage(v) and v.untyped_storage().data_ptr() in inputs else v
+    )
+    return owned
+
+
+def _has_storage(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
+
+
+def _form(state: State) -> Any:
+    return _map(state, lambda value: (tuple(value.shape), value.dtype))
+
+
+def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(state, dict):
+        return {key: _map(value, function) for key, value in state.items()}
+    return function(state)
+
+
 def _copy_to(state: Any, device: torch.device) -> Any:
     """A copy of ``state`` on ``device``, each tensor with its dtype."""
-    if isinstance(state, dict):
-        return {key: _copy_to(value, device) for key, value in state.items()}
-    return state.to(device, copy=True) if isinstance(state, Tensor) else state
+    return _map(state, lambda value: value.to(device, copy=True))

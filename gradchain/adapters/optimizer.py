@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from gradchain.adapters._construction import Params, check_group, make_inner
-from gradchain.adapters._states import ByParam, Member, SkippedStep, TransformStates
+from gradchain.adapters._states import KEY, ByParam, Member, SkippedStep, TransformStates, own
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Stage, Transform, locate, merge_hyperparameters, require_transform
+from gradchain.transform import Group, Stage, Transform, is_same, locate, merge_hyperparameters, require_transform
 
 SLOTS = ("pre", "update", "post")
 
 
 class ParamTransformingOptimizer(Optimizer):
-    r"""Transform gradients before, and parameters after, each step of an inner optimizer.
+    r"""Transform gradients before each step of an inner optimizer, its updates, and parameters after it.
 
     .. math:: p \leftarrow \mathrm{post}(p + \mathrm{update}(\Delta)), \quad
         \Delta = \mathrm{inner}(p, \; c \cdot \mathrm{pre}(\nabla p) + b) - p
@@ -90,6 +90,7 @@ class ParamTransformingOptimizer(Optimizer):
     post: Chain
     _own_defaults: dict[str, Any]
     _states: TransformStates
+    _stages: dict[str, tuple[Chain, Stage]]
     _vetted: bool
 
     def __init__(
@@ -128,7 +129,10 @@ class ParamTransformingOptimizer(Optimizer):
                 f"defaults has the keys {known} of {type(inner_opt).__name__}; pass them as keyword arguments, "
                 f"{', '.join(f'{key}=...' for key in known)}"
             )
-        groups = [{k: v for k, v in g.items() if earlier.get(k, g) is not v} for g in inner_opt.param_groups]
+        groups = [
+            {k: v for k, v in group.items() if k not in earlier or not is_same(v, earlier[k])}
+            for group in inner_opt.param_groups
+        ]
         for index, group in enumerate(groups):
             check_group(index, {**own_defaults, **group}, chains)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
@@ -137,11 +141,13 @@ class ParamTransformingOptimizer(Optimizer):
         for key in earlier:
             inner_opt.defaults.pop(key, None)
         inner_opt.defaults.update(own_defaults)
-        inner_opt.__dict__["_gradchain_defaults"] = own_defaults
+        for param_state in inner_opt.state.values():
+            param_state.pop(KEY, None)
         attributes = {
             "inner_opt": inner_opt,
             "_own_defaults": own_defaults,
             "_states": TransformStates(),
+            "_stages": {},
             "_vetted": False,
             **chains,
         }
@@ -166,6 +172,7 @@ class ParamTransformingOptimizer(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.inner_opt.state = value
+        self._states.keep_those_in(value)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -200,6 +207,10 @@ class ParamTransformingOptimizer(Optimizer):
         with _restored_on_error([m.param for m in members] if self._moves_params(closure) else []) as before:
             for slot in ("update", "post"):
                 self._states.start(slot, self._stage(slot), members)  # at the parameters before the first step
+                if self._states.can_skip(self._states.get(slot, members)):
+                    raise ValueError(
+                        f"{slot}: {getattr(self, slot)} has a transform that skips steps; it belongs in pre"
+                    )
             try:
                 if closure is None:
                     new_states["pre"] = self._transform_grads()
@@ -237,7 +248,7 @@ class ParamTransformingOptimizer(Optimizer):
             except SkippedStep as skipped:
                 skipped.loss, skipped.inner_state = loss, inner_state
                 raise
-            if inner_state is None and self._states.can_skip(new_states["pre"]):
+            if inner_state is None and self._states.can_skip(new_states["pre"].values()):
                 inner_state = self._states.copy_beside(self.inner_opt.state)  # a later evaluation may be the bad one
             return loss
 
@@ -262,7 +273,11 @@ class ParamTransformingOptimizer(Optimizer):
     @torch.no_grad()
     def _apply_pre_step_transform_(self) -> None:
         """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
-        self._states.commit({"pre": self._transform_grads()})
+        try:
+            self._states.commit({"pre": self._transform_grads()})
+        except SkippedStep as skipped:  # the gradients are as they were
+            self._states.commit({"pre": skipped.states})
+            skipped.raise_if_too_many()
 
     @torch.no_grad()
     def _apply_post_step_transform_(self) -> None:
@@ -270,9 +285,9 @@ class ParamTransformingOptimizer(Optimizer):
         self._states.commit({"post": self._transform_params()})
 
     def _transform_grads(self) -> ByParam:
-        if not self._acts("pre"):
-            return {}
         members = [member for member in self._members() if member.param.grad is not None]
+        if not members or not self._acts("pre"):
+            return {}
         self._for_each(members, "pre", _make_grad_writable)
         grads = [member.grad for member in members]
         runs_hook = self._overrides("_pre_step_transform_")
@@ -290,42 +305,48 @@ class ParamTransformingOptimizer(Optimizer):
         # transform does it in the first step.
         with _restored_on_error(grads if runs_hook or not self._vetted else []):
             if self.pre:
-                contexts = [{"param": member.param.detach()} for member in members]
-                results, new_states = self._run("pre", members, [grad.detach() for grad in grads], contexts)
+                inputs = {member.param: grad.detach() for member, grad in zip(members, grads, strict=True)}
+                results, new_states = self._run("pre", inputs, lambda member: {"param": member.param.detach()})
                 self._states.raise_if_skipped(new_states)
-                for grad, result in zip(grads, results, strict=True):
-                    grad.copy_(result)
+                for member in members:
+                    member.grad.copy_(results[member.param])
             self._for_each(members, "pre", finish)
         return new_states
 
     def _transform_updates(self, members: Sequence[Member], before: Sequence[Tensor]) -> ByParam:
-        moved = [(m, start) for m, start in zip(members, before, strict=True) if m.param.grad is not None]
-        updates = [member.param - start for member, start in moved]
-        contexts = [{"param": start, **member.grad_context()} for member, start in moved]
-        results, new_states = self._run("update", [member for member, _ in moved], updates, contexts)
-        for (member, start), update, result in zip(moved, updates, results, strict=True):
-            if result is not update:  # else before + (after - before) would be after, but for rounding
-                member.param.copy_(start + result)
+        starts = {m.param: start for m, start in zip(members, before, strict=True) if m.param.grad is not None}
+        updates = {param: param - start for param, start in starts.items()}
+        none = torch.empty(0)
+        results, new_states = self._run(
+            "update", updates, lambda member: {"param": starts.get(member.param, none), **member.grad_context()}
+        )
+        for param, update in updates.items():
+            if results[param] is not update:  # else before + (after - before) would be after, but for rounding
+                param.copy_(starts[param] + results[param])
         return new_states
 
     def _transform_params(self) -> ByParam:
         members = self._members()
         new_states: ByParam = {}
         if self.post:
-            contexts = [member.grad_context() for member in members]
-            results, new_states = self._run("post", members, [member.param.detach() for member in members], contexts)
-            for member, result in zip(members, results, strict=True):
-                member.param.copy_(result)
+            inputs = {member.param: member.param.detach() for member in members}
+            results, new_states = self._run("post", inputs, lambda member: member.grad_context())
+            for param, result in results.items():
+                param.copy_(result)
         if self._overrides("_post_step_transform_"):
             self._for_each(members, "post", lambda m: _run_hook(self._post_step_transform_, m.param, m.group))
         return new_states
 
     def _run(
-        self, slot: str, members: Sequence[Member], tensors: Sequence[Tensor], contexts: Sequence[Group]
-    ) -> tuple[list[Tensor], ByParam]:
+        self, slot: str, inputs: Mapping[Tensor, Tensor], context: Callable[[Member], Group]
+    ) -> tuple[dict[Tensor, Tensor], ByParam]:
         """Run the chain of a slot, and return the results and the new states, by parameter."""
-        groups = [{**m.group, **m.identity(), **context} for m, context in zip(members, contexts, strict=True)]
         stage = self._stage(slot)
+        # Where a state is one for all, it advances for all. What takes no part is a tensor without elements.
+        members = [member for member in self._members() if member.param in inputs or stage.shares_state]
+        absent = {m.param: m.param.new_empty((0,) * max(m.param.ndim, 1)) for m in members if m.param not in inputs}
+        tensors = [inputs[m.param] if m.param in inputs else absent[m.param].detach() for m in members]
+        groups = [{**member.group, **member.identity(slot), **context(member)} for member in members]
         self._states.start(slot, stage, members)
         try:
             results, new_states = stage.run(tensors, groups, self._states.get(slot, members))
@@ -334,7 +355,9 @@ class ParamTransformingOptimizer(Optimizer):
             places = [member.place() for member, group in zip(members, groups, strict=True) if group is failed]
             locate(error, ", ".join([slot, *places]))
             raise
-        return results, {member.param: state for member, state in zip(members, new_states, strict=True)}
+        by_param = {member.param: result for member, result in zip(members, results, strict=True)}
+        states = {member.param: own(state, member.param) for member, state in zip(members, new_states, strict=True)}
+        return {param: by_param[param] for param in inputs}, states
 
     def _for_each(self, members: Sequence[Member], slot: str, act: Callable[[Member], None]) -> None:
         for member in members:
@@ -345,7 +368,10 @@ class ParamTransformingOptimizer(Optimizer):
                 raise
 
     def _stage(self, slot: str) -> Stage:
-        return broadcast(self._chains()[slot])
+        members = self._chains()[slot]
+        if self._stages.get(slot, (None,))[0] is not members:
+            self._stages[slot] = members, broadcast(members)
+        return self._stages[slot][1]
 
     def _members(self) -> list[Member]:
         groups = enumerate(self.param_groups)
@@ -370,7 +396,9 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _is_rehearsal(self, members: Sequence[Member]) -> bool:
         """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
-        if not all(_is_number(group.get("lr"), 0.0) for group in self.param_groups):
+        lrs = [group.get("lr") for group in self.param_groups]
+        on_host = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
+        if not all(_is_number(lr, 0.0) for lr in on_host):
             return False
         grads = [member.grad for member in members if member.param.grad is not None]
         return bool(grads) and not any(grad.any() for grad in grads)
@@ -432,6 +460,10 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         states, bare = TransformStates.split(state_dict, self._members())
+        for slot in SLOTS:
+            states.require_form(slot, self._stage(slot), self._members())
+        for index, (saved, group) in enumerate(zip(bare["param_groups"], self.param_groups, strict=False)):
+            check_group(index, {**self._own_defaults, **saved, "params": group["params"]}, self._chains())
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
         self._states = states
@@ -453,6 +485,7 @@ class ParamTransformingOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
 
     def __repr__(self) -> str:

@@ -12,8 +12,8 @@ def as_lr(optimizer: Optimizer, key: str) -> Optimizer:
     """Show a hyperparameter of an optimizer as its learning rate, for a scheduler.
 
     Every ``torch.optim.lr_scheduler`` works on it, with its ``state_dict`` and its ways to combine, beside those of the
-    learning rate itself. The values are in the param groups of ``optimizer``, each group's own, so that they are saved
-    and loaded with it.
+    learning rate itself; those that can cycle the momentum as well need ``cycle_momentum=False``. The values are in the
+    param groups of ``optimizer``, each group's own, so that they are saved and loaded with it.
 
     Args:
         optimizer: Any optimizer.
@@ -53,6 +53,21 @@ class _AsLR(Optimizer):
     def __init__(self, optimizer: Optimizer, key: str) -> None:
         self.optimizer = optimizer
         self.key = key
+
+    @property
+    def defaults(self) -> Any:  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride]
+        """The default of the hyperparameter, as that of the learning rate."""
+        return {"lr": self.optimizer.defaults.get(self.key)}
+
+    def state_dict(self) -> Any:
+        """That of the optimizer itself."""
+        return self.optimizer.state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @property
     def param_groups(self) -> Any:  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride]

@@ -98,3 +98,15 @@ def test_errors() -> None:
         as_lr(3, "lr")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="step the optimizer itself"):
         as_lr(make(), "lr").step()
+
+
+def test_copies_and_momentum() -> None:
+    optim = make()
+    scheduler = schedulers.ExponentialLR(as_lr(optim, "scale.factor"), 0.5)
+    copied_optim, copied = copy.deepcopy((optim, scheduler))
+    copied_optim.step()
+    copied.step()
+    assert copied_optim.param_groups[0]["scale.factor"] == 0.5
+    assert optim.param_groups[0]["scale.factor"] == 1.0
+    with pytest.raises(ValueError, match="momentum"):
+        schedulers.OneCycleLR(as_lr(optim, "scale.factor"), max_lr=1.0, total_steps=5)

@@ -1,0 +1,233 @@
+"""States that are one for all parameters, that do not fit, or that others reset."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim import SGD, Adam
+
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    State,
+    add_noise,
+    chain,
+    clip_by_history,
+    clip_by_norm,
+    clip_by_zscore,
+    ema,
+    lookahead,
+    masked,
+    param_ema,
+    partition,
+    project_l2_ball,
+    project_l2_sphere,
+    skip_nonfinite,
+    transform,
+    with_error_feedback,
+)
+
+NAN = float("nan")
+
+
+def params(n: int = 2) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2)) for _ in range(n)]
+
+
+def step(optim: Any, *values: float | None) -> None:
+    members = [param for group in optim.param_groups for param in group["params"]]
+    for param, value in zip(members, values, strict=True):
+        param.grad = None if value is None else torch.full_like(param, value)
+    optim.step()
+
+
+def test_skipped_steps_in_a_row_are_those_of_the_optimizer() -> None:
+    optim = ParamTransformingOptimizer(params(), Adam, pre=skip_nonfinite(1))
+    step(optim, NAN, 1.0)
+    for _ in range(5):
+        step(optim, None, 1.0)
+    step(optim, NAN, 1.0)
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        step(optim, None, NAN)
+    totals = [states["pre"]["0"]["total"].item() for states in optim._states.by_param.values()]
+    assert totals == [3, 3]
+
+
+@pytest.mark.parametrize("clip", [clip_by_zscore(2.5, warmup=5), clip_by_history(50)])
+@pytest.mark.parametrize(
+    "around", [lambda t: t, lambda t: masked(t, lambda group: True), lambda t: partition({"*": t})]
+)
+def test_history_is_that_of_the_optimizer(clip: Any, around: Any) -> None:
+    xs = params()
+    optim = ParamTransformingOptimizer([("x", xs[0]), ("y", xs[1])], pre=around(clip))
+    for _ in range(20):
+        step(optim, 1.0, None)
+    step(optim, 1e4, 1e4)
+    assert xs[0].grad is not None
+    assert xs[0].grad[0] < 10
+    assert torch.equal(xs[0].grad, xs[1].grad)  # type: ignore[arg-type]
+
+
+def test_history_of_a_group_that_is_added() -> None:
+    xs = params()
+    optim = ParamTransformingOptimizer(
+        xs[:1], pre=chain(with_error_feedback(clip_by_norm(9.0)), clip_by_zscore(2.5, warmup=5))
+    )
+    for _ in range(10):
+        step(optim, 1.0)
+    optim.add_param_group({"params": xs[1:]})
+    step(optim, None, 1.0)
+    step(optim, 1e4, 1e4)
+    assert xs[1].grad is not None
+    assert xs[1].grad[0] < 10
+
+
+@pytest.mark.parametrize("slot", ["update", "post"])
+def test_skipping_belongs_in_pre(slot: str) -> None:
+    xs = params()
+    arguments: Any = {slot: skip_nonfinite()}
+    with pytest.raises(ValueError, match=f"{slot}: chain.* has a transform that skips steps; it belongs in pre"):
+        step(ParamTransformingOptimizer(xs, **arguments), 1.0, NAN)
+    assert xs[0].tolist() == [1.0, 1.0]
+
+
+def test_skipping_without_a_step() -> None:
+    optim = ParamTransformingOptimizer(params(1), pre=skip_nonfinite(0))
+    param = optim.param_groups[0]["params"][0]
+    param.grad = torch.tensor([1.0, NAN])
+    with pytest.raises(RuntimeError, match="1 steps in a row were skipped"):
+        optim._apply_pre_step_transform_()
+    assert param.grad[0] == 1.0
+
+
+def test_state_that_holds_its_input_is_not_overwritten() -> None:
+    @transform(init=lambda tensor, group: {"previous": tensor}, elementwise=True)
+    def difference(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        return tensor - state["previous"], {"previous": tensor}
+
+    xs = params(1)
+    seen = []
+    optim = ParamTransformingOptimizer(xs, pre=difference(), post=difference(), lr=0.0)
+    for value in (1.0, 3.0, 6.0):
+        step(optim, value)
+        assert xs[0].grad is not None
+        seen.append(xs[0].grad[0].item())
+    assert seen == [0.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_rehearsal_with_any_learning_rate(lr: Any) -> None:
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    optim = ParamTransformingOptimizer(model.parameters(), Adam, pre=add_noise(0.1), post=project_l2_sphere(1.0), lr=lr)
+    get_optimizer_state_dict(model, optim)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (ema(0.9), lookahead(2, 0.5)),
+        (ema(0.9), chain(clip_by_norm(1.0), ema(0.9))),
+        (chain(ema(0.9), ema(0.9)), ema(0.9)),
+    ],
+)
+def test_checkpoint_of_another_chain(saved: Any, loaded: Any) -> None:
+    optim = ParamTransformingOptimizer(params(), pre=saved)
+    step(optim, 1.0, 1.0)
+    other = ParamTransformingOptimizer(params(), pre=loaded)
+    step(other, 2.0, 2.0)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"pre, group 0, parameter 0 .*: the loaded state is not one of chain\("):
+        other.load_state_dict(optim.state_dict())
+    torch.testing.assert_close(other.state_dict(), before)
+
+
+def test_checkpoint_out_of_range_or_of_another_size() -> None:
+    optim = ParamTransformingOptimizer(params(), pre=ema(0.9))
+    step(optim, 1.0, 1.0)
+    saved = copy.deepcopy(optim.state_dict())
+    saved["param_groups"][0]["ema.decay"] = 3.0
+    with pytest.raises(ValueError, match=r"pre, group 0: stage 0, ema\(decay=0.9\): ema.decay must be <"):
+        optim.load_state_dict(saved)
+    assert optim.param_groups[0]["ema.decay"] == 0.9
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        ParamTransformingOptimizer(params(1), pre=ema(0.9)).load_state_dict(optim.state_dict())
+
+
+def test_state_that_is_missing_by_hand() -> None:
+    x = torch.ones(2)
+    with pytest.raises(ValueError, match=r"ema\(decay=0.9\): the state has no '\w+'; it comes from state = t.init\("):
+        ema(0.9).update(x, {}, {})
+    with pytest.raises(
+        ValueError, match=r"stage 1, ema\(decay=0.9\): the state has nothing for it; it comes from state = t"
+    ):
+        chain(clip_by_norm(1.0), ema(0.9)).update(x, {}, {})
+
+
+@pytest.mark.parametrize("first", [None, {"count": 0}])
+def test_first_state_that_is_no_dict_of_tensors(first: Any) -> None:
+    @transform(init=lambda tensor, group: first)
+    def bad(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        return tensor, state
+
+    with pytest.raises(TypeError, match=r"bad\(\): init must return a dict of tensors"):
+        bad().init(torch.ones(2), {})
+
+
+def test_reset() -> None:
+    xs = params(1)
+    optim = ParamTransformingOptimizer(xs, Adam, pre=ema(0.9, debias=False))
+    for _ in range(3):
+        step(optim, 1.0)
+    optim.state = type(optim.state)(dict)
+    step(optim, 1.0)
+    assert xs[0].grad is not None
+    assert xs[0].grad[0].item() == pytest.approx(0.1)
+
+
+def test_wrapping_a_copy_again() -> None:
+    optim = ParamTransformingOptimizer(params(1), Adam, pre=ema(0.9))
+    step(optim, 1.0)
+    inner = copy.deepcopy(optim).inner_opt
+    again = ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_norm(1.0))
+    assert "ema.decay" not in again.param_groups[0]
+    assert "transforms" not in next(iter(again.state.values()))
+    again.load_state_dict(copy.deepcopy(again.state_dict()))
+    third = ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_norm(2.5))
+    assert third.param_groups[0]["clip_by_norm.max_norm"] == 2.5
+
+
+def test_masked_by_shape_in_every_slot() -> None:
+    model = nn.Linear(3, 2)
+    matrices = masked(project_l2_ball(0.1), lambda group: len(group["shape"]) > 1)
+    optim = ParamTransformingOptimizer(model.parameters(), post=chain(matrices, param_ema(0.9)))
+    bias = model.bias.detach().clone()
+    model(torch.ones(3)).sum().mul(0).backward()
+    optim.step()
+    assert model.weight.norm(dim=1).max() <= 0.1 + 1e-6
+    assert torch.equal(model.bias, bias)
+
+
+def test_mask_that_does_not_fit() -> None:
+    optim = ParamTransformingOptimizer(params(1), pre=masked(clip_by_norm(1.0), torch.ones(3, 2, dtype=torch.bool)))
+    with pytest.raises(RuntimeError, match=r"pre, group 0, parameter 0 [\s\S]*the mask of shape \(3, 2\) does not fit"):
+        step(optim, 1.0)
+
+
+def test_noise_differs_between_slots() -> None:
+    xs = params(1)
+    optim = ParamTransformingOptimizer(xs, SGD, pre=add_noise(1.0), post=add_noise(1.0), lr=0.0)
+    step(optim, 0.5)
+    assert xs[0].grad is not None
+    assert not torch.allclose(xs[0].grad - 0.5, xs[0].detach() - 1.0)
+
+
+def test_two_averages() -> None:
+    optim = ParamTransformingOptimizer(params(1), post=chain(param_ema(0.9), lookahead(2, 0.5)))
+    step(optim, 1.0)
+    with pytest.raises(ValueError, match="post keeps two averages"), optim.averaged():
+        pass
