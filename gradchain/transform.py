@@ -277,7 +277,7 @@ class BoundTransform(Each):
         """The first state for a parameter ``tensor``; empty where there is none to keep."""
         if self.definition.init is None:
             return {}
-        state = self.definition.init(*self._widen(tensor, group), **self._read(group))
+        state = self.definition.init(*widen(tensor, group), **self._read(group))
         if not _is_state(state):
             raise TypeError(f"{self!r}: init must return a dict of tensors, or of such dicts, got {state!r}")
         return state
@@ -294,7 +294,7 @@ class BoundTransform(Each):
             raise TypeError(
                 f"{self!r} acts on real tensors, got {tensor.dtype}; apply it to torch.view_as_real(tensor)"
             )
-        wide, wide_group = self._widen(tensor, group)
+        wide, wide_group = widen(tensor, group)
         function = self.definition.function
         real = wide.real.dtype
         arguments = {
@@ -326,12 +326,6 @@ class BoundTransform(Each):
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.definition.validate({**self.arguments, **self._overrides(group)}, self.prefix)
-
-    def _widen(self, tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
-        dtype = _COMPUTE_DTYPE.get(tensor.dtype)
-        if dtype is None:
-            return tensor, group
-        return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
 
     def _overrides(self, group: Group) -> dict[str, Any]:
         # Names and keys are in the same order. Identity suffices: in an optimizer, groups hold the defaults themselves.
@@ -477,6 +471,14 @@ class Combinator(Stage):
             except (TypeError, ValueError) as error:
                 locate(error, place)
                 raise
+
+
+def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
+    """A half-precision tensor and its context as float32; others as they are."""
+    dtype = _COMPUTE_DTYPE.get(tensor.dtype)
+    if dtype is None:
+        return tensor, group
+    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
 
 
 def as_stage(transform: Transform) -> Stage:

@@ -10,7 +10,6 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from gradchain.transform import (
-    CONTEXT,
     Combinator,
     Group,
     State,
@@ -19,6 +18,7 @@ from gradchain.transform import (
     require_transform,
     show,
     transform,
+    widen,
 )
 from gradchain.transforms._averages import move_average, start_average
 
@@ -254,7 +254,7 @@ class ErrorFeedback(Combinator):
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """No error, and the first state of the transform."""
-        tensor, group = _widen(tensor, group)
+        tensor, group = widen(tensor, group)
         (stage,) = self.stages
         return {"error": torch.zeros_like(tensor), **({"inner": stage.init(tensor, group)} if stage.stateful else {})}
 
@@ -263,7 +263,7 @@ class ErrorFeedback(Combinator):
     ) -> tuple[list[Tensor], list[State]]:
         """Run all tensors through the transform at once, so that it can measure all of them."""
         (stage,) = self.stages
-        wide = [_widen(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
+        wide = [widen(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
         # A tensor that takes no part in a step is given as one without elements.
         totals = [
             tensor + state["error"] if tensor.numel() else tensor
@@ -304,11 +304,3 @@ class ErrorFeedback(Combinator):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return with_error_feedback, self.members
-
-
-def _widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
-    """Half precision as float32, so that an error is as exact as the state that holds it."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if tensor.dtype == dtype:
-        return tensor, group
-    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}

@@ -17,16 +17,20 @@ from gradchain import (
     Group,
     ParamTransformingOptimizer,
     State,
+    Transform,
     broadcast,
     chain,
     clamp,
     clip_by_norm,
+    keep_top_q,
     normalize,
     project_l2_ball,
     scale,
     sign,
     transform,
+    with_error_feedback,
 )
+from tests.cases import CASES
 
 INNER = [partial(SGD, lr=0.1), partial(SGD, lr=0.1, momentum=0.9), partial(Adam, lr=0.1), partial(RMSprop, lr=0.01)]
 
@@ -223,6 +227,31 @@ def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, stop: int) -> N
         state["1"]["mean"].dtype for states in fresh_optim._states.by_param.values() if (state := states.get("pre"))
     }
     assert dtypes == {torch.float32}
+
+
+STATEFUL = [*(case.transform for case in CASES if case.transform.stateful), with_error_feedback(keep_top_q(0.5))]
+AFTER_THE_STEP = ("param_ema", "lookahead", "project_ball_around_reference")
+
+
+@pytest.mark.parametrize("InnerOpt", INNER)
+@pytest.mark.parametrize("stateful", STATEFUL, ids=repr)
+def test_every_stateful_transform_of_the_catalogue_goes_on(stateful: Transform, InnerOpt: Any) -> None:
+    slot = "post" if repr(stateful).startswith(AFTER_THE_STEP) else "pre"
+    arguments: dict[str, Any] = {slot: stateful, "param_ndim": None}
+    whole, params = make_params(), make_params()
+    whole_optim = ParamTransformingOptimizer(whole, InnerOpt, **arguments)
+    train(whole_optim, whole, range(8))
+    optim = ParamTransformingOptimizer(params, InnerOpt, **arguments)
+    train(optim, params, range(3))  # the last parameter has had no gradient yet
+    file = io.BytesIO()
+    torch.save(optim.state_dict(), file)
+    file.seek(0)
+    fresh = [nn.Parameter(param.detach().clone()) for param in params]
+    fresh_optim = ParamTransformingOptimizer(fresh, InnerOpt, **arguments)
+    fresh_optim.load_state_dict(torch.load(file, weights_only=True))
+    train(fresh_optim, fresh, range(3, 8))
+    assert_equal(fresh, whole)
+    assert_equal(fresh_optim.state_dict(), whole_optim.state_dict())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
