@@ -142,7 +142,8 @@ class ParamTransformingOptimizer(Optimizer):
             inner_opt.defaults.pop(key, None)
         inner_opt.defaults.update(own_defaults)
         for param_state in inner_opt.state.values():
-            param_state.pop(KEY, None)
+            if isinstance(param_state, dict):
+                param_state.pop(KEY, None)
         attributes = {
             "inner_opt": inner_opt,
             "_own_defaults": own_defaults,
