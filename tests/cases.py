@@ -10,14 +10,14 @@ from torch.linalg import vector_norm
 
 import gradchain as gc
 from gradchain.testing import SHAPES
-from gradchain.transform import BoundTransform, Group
+from gradchain.transform import Group, Stage
 
 
 @dataclass(frozen=True)
 class Case:
     """A transform and, where it is a projection, whether a tensor is in the set that it projects onto."""
 
-    transform: BoundTransform
+    transform: Stage
     contains: Callable[[Tensor], bool] | None = None
     skip: frozenset[str] = frozenset()
     shapes: tuple[tuple[int, ...], ...] = SHAPES
@@ -122,6 +122,8 @@ CASES = [
     Case(gc.project_hyperplane(A, 0.5), lambda x: is_close((A * x).sum(), 0.5), FITS_3, SHAPES_3),
     Case(gc.project_halfspace(-2.0, 0.5), lambda x: at_most(-2 * x.sum(), 0.5)),
     Case(gc.project_halfspace(A, 0.5), lambda x: at_most((A * x).sum(), 0.5), FITS_3, SHAPES_3),
+    Case(gc.with_error_feedback(gc.keep_top_q(0.25))),
+    Case(gc.masked(gc.normalize(), tensor(True))),
 ]
 
 

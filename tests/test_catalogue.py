@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import gradchain
 from gradchain import transforms
 from gradchain.testing import check_projection, check_transform
-from gradchain.transform import Group
+from gradchain.transform import BoundTransform, Group
 from tests.cases import CASES, Case, each
 
 README = Path(__file__).parents[1] / "README.md"
@@ -119,7 +119,8 @@ def test_catalogue_is_exported() -> None:
 
 
 def test_catalogue_has_rows() -> None:
-    assert {case.transform.definition.name for case in CASES} == FACTORIES.keys()
+    names = {case.transform.definition.name for case in CASES if isinstance(case.transform, BoundTransform)}
+    assert names == FACTORIES.keys()
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -22,13 +22,11 @@ from gradchain import (
     chain,
     clamp,
     clip_by_norm,
-    keep_top_q,
     normalize,
     project_l2_ball,
     scale,
     sign,
     transform,
-    with_error_feedback,
 )
 from tests.cases import CASES
 
@@ -229,7 +227,7 @@ def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, stop: int) -> N
     assert dtypes == {torch.float32}
 
 
-STATEFUL = [*(case.transform for case in CASES if case.transform.stateful), with_error_feedback(keep_top_q(0.5))]
+STATEFUL = [case.transform for case in CASES if case.transform.stateful]
 AFTER_THE_STEP = ("param_ema", "lookahead", "project_ball_around_reference")
 
 
