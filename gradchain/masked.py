@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradchain.chain import Chain, chain
-from gradchain.transform import Combinator, Group, State, Transform, locate, show, transform
+from gradchain.transform import Combinator, Group, Stage, State, Transform, locate, show, transform
 
 Where: TypeAlias = str | Tensor | Callable[[Group], bool]
 
@@ -124,12 +124,8 @@ class Masked(Combinator):
         """Transform the selected tensors together."""
         chosen = [i for i, group in enumerate(groups) if self._selects(group)]
         results, new_states = list(tensors), list(states)
-        transformed = self.stages[0].run(
-            [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
-        )
-        for i, result, new_state in zip(chosen, *transformed, strict=True):
-            results[i] = self._mix(result, tensors[i], groups[i])
-            new_states[i] = new_state
+        for i, result, new_state in _run_some(self.stages[0], chosen, tensors, groups, states):
+            results[i], new_states[i] = self._mix(result, tensors[i], groups[i]), new_state
         return results, new_states
 
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
@@ -192,10 +188,7 @@ class Partition(Combinator):
         results, new_states = list(tensors), list(states)
         for kind, stage in enumerate(self.stages):
             chosen = [i for i, each in enumerate(kinds) if each == kind]
-            transformed = stage.run(
-                [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
-            )
-            for i, result, new_state in zip(chosen, *transformed, strict=True):
+            for i, result, new_state in _run_some(stage, chosen, tensors, groups, states):
                 results[i], new_states[i] = result, new_state
         return results, new_states
 
@@ -226,6 +219,16 @@ class Partition(Combinator):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Partition, (dict(zip(self.kinds, self.members, strict=True)), self.by)
+
+
+def _run_some(
+    stage: Stage, chosen: list[int], tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+) -> Iterator[tuple[int, Tensor, State]]:
+    """Run the chosen tensors together, and yield the position, the result and the next state of each."""
+    results, new_states = stage.run(
+        [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
+    )
+    return zip(chosen, results, new_states, strict=True)
 
 
 def _read(group: Group, key: str, reader: object) -> Any:

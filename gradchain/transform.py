@@ -202,9 +202,8 @@ class Each(Stage):
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
                 result, new_state = self.act(tensor, {**group, **view}, state)
-                if (
-                    self.shares_state and full and not tensor.numel()
-                ):  # a tensor that takes no part keeps up with the others
+                # A tensor that takes no part keeps up with the others.
+                if self.shares_state and full and not tensor.numel():
                     single = tensor.new_zeros((1,) * tensor.ndim)
                     context = {key: single for key in CONTEXT if key in group}
                     _, new_state = self.act(single, {**group, **context, **view}, state)

@@ -101,11 +101,11 @@ class TransformStates:
         by_param, bare = {}, {}
         params = dict(_keyed_params(state_dict, members))
         for key, state in state_dict["state"].items():
-            own = isinstance(state, dict) and KEY in state
-            if own and key in params:
+            has_own = isinstance(state, dict) and KEY in state
+            if has_own and key in params:
                 by_param[params[key]] = _copy_to(state[KEY], params[key].device)
                 state = {name: value for name, value in state.items() if name != KEY}
-            if state or not own:
+            if state or not has_own:
                 bare[key] = state
         return TransformStates(by_param), {**state_dict, "state": bare}
 
@@ -119,7 +119,8 @@ class TransformStates:
     def raise_if_skipped(self, new_states: ByParam) -> None:
         """Raise ``SkippedStep`` if a transform of ``pre`` says that this step must not be made."""
         flags = [found for state in new_states.values() for found in _find(state, "skip_step")]
-        if flags and bool(torch.stack([flag["skip_step"].cpu() for flag in flags]).any()):
+        # Gathered on one device, so that the host waits once, and not for each parameter.
+        if flags and bool(torch.stack([f["skip_step"].to(flags[0]["skip_step"].device) for f in flags]).any()):
             kept = {param: _counted(self.by_param[param]["pre"], state) for param, state in new_states.items()}
             raise SkippedStep(kept, flags)
 

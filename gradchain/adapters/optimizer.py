@@ -207,17 +207,18 @@ class ParamTransformingOptimizer(Optimizer):
         new_states: dict[str, ByParam] = {}
         with _restored_on_error([m.param for m in members] if self._moves_params(closure) else []) as before:
             for slot in ("update", "post"):
-                self._states.start(slot, self._stage(slot), members)  # at the parameters before the first step
-                if self._states.can_skip(self._states.get(slot, members)):
+                stage = self._stage(slot)
+                self._states.start(slot, stage, members)  # at the parameters before the first step
+                if stage.stateful and self._states.can_skip(self._states.get(slot, members)):
                     raise ValueError(
                         f"{slot}: {getattr(self, slot)} has a transform that skips steps; it belongs in pre"
                     )
             try:
                 if closure is None:
-                    new_states["pre"] = self._transform_grads()
+                    new_states["pre"] = self._transform_grads(members)
                     loss = self.inner_opt.step()
                 else:
-                    loss = self.inner_opt.step(self._transforming(closure, new_states))
+                    loss = self.inner_opt.step(self._transforming(closure, members, new_states))
             except SkippedStep as skipped:
                 for member, value in zip(members, before, strict=False):
                     member.param.copy_(value)
@@ -228,13 +229,15 @@ class ParamTransformingOptimizer(Optimizer):
                 return skipped.loss
             if self.update:
                 new_states["update"] = self._transform_updates(members, before)
-            new_states["post"] = self._transform_params()
+            new_states["post"] = self._transform_params(members)
         self._states.commit(new_states)
         self._states.show_in(self.inner_opt)
         self._vetted = True
         return loss
 
-    def _transforming(self, closure: Callable[[], Any], new_states: dict[str, ByParam]) -> Callable[[], Any]:
+    def _transforming(
+        self, closure: Callable[[], Any], members: Sequence[Member], new_states: dict[str, ByParam]
+    ) -> Callable[[], Any]:
         inner_state = None
 
         @functools.wraps(closure)
@@ -245,7 +248,7 @@ class ParamTransformingOptimizer(Optimizer):
             try:
                 # Each evaluation starts from the states before the step, so that they advance once a step.
                 with torch.no_grad():
-                    new_states["pre"] = self._transform_grads()
+                    new_states["pre"] = self._transform_grads(members)
             except SkippedStep as skipped:
                 skipped.loss, skipped.inner_state = loss, inner_state
                 raise
@@ -275,7 +278,7 @@ class ParamTransformingOptimizer(Optimizer):
     def _apply_pre_step_transform_(self) -> None:
         """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
         try:
-            self._states.commit({"pre": self._transform_grads()})
+            self._states.commit({"pre": self._transform_grads(self._members())})
         except SkippedStep as skipped:  # the gradients are as they were
             self._states.commit({"pre": skipped.states})
             skipped.raise_if_too_many()
@@ -283,14 +286,14 @@ class ParamTransformingOptimizer(Optimizer):
     @torch.no_grad()
     def _apply_post_step_transform_(self) -> None:
         """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
-        self._states.commit({"post": self._transform_params()})
+        self._states.commit({"post": self._transform_params(self._members())})
 
-    def _transform_grads(self) -> ByParam:
-        members = [member for member in self._members() if member.param.grad is not None]
-        if not members or not self._acts("pre"):
+    def _transform_grads(self, members: Sequence[Member]) -> ByParam:
+        moved = [member for member in members if member.param.grad is not None]
+        if not moved or not self._acts("pre"):
             return {}
-        self._for_each(members, "pre", _make_grad_writable)
-        grads = [member.grad for member in members]
+        self._for_each(moved, "pre", _make_grad_writable)
+        grads = [member.grad for member in moved]
         runs_hook = self._overrides("_pre_step_transform_")
         new_states: ByParam = {}
 
@@ -306,12 +309,13 @@ class ParamTransformingOptimizer(Optimizer):
         # transform does it in the first step.
         with _restored_on_error(grads if runs_hook or not self._vetted else []):
             if self.pre:
-                inputs = {member.param: grad.detach() for member, grad in zip(members, grads, strict=True)}
-                results, new_states = self._run("pre", inputs, lambda member: {"param": member.param.detach()})
-                self._states.raise_if_skipped(new_states)
-                for member in members:
+                inputs = {member.param: grad.detach() for member, grad in zip(moved, grads, strict=True)}
+                results, new_states = self._run("pre", members, inputs, lambda m: {"param": m.param.detach()})
+                if self._stage("pre").stateful:
+                    self._states.raise_if_skipped(new_states)
+                for member in moved:
                     member.grad.copy_(results[member.param])
-            self._for_each(members, "pre", finish)
+            self._for_each(moved, "pre", finish)
         return new_states
 
     def _transform_updates(self, members: Sequence[Member], before: Sequence[Tensor]) -> ByParam:
@@ -319,19 +323,18 @@ class ParamTransformingOptimizer(Optimizer):
         updates = {param: param - start for param, start in starts.items()}
         none = torch.empty(0)
         results, new_states = self._run(
-            "update", updates, lambda member: {"param": starts.get(member.param, none), **member.grad_context()}
+            "update", members, updates, lambda m: {"param": starts.get(m.param, none), **m.grad_context()}
         )
         for param, update in updates.items():
             if results[param] is not update:  # else before + (after - before) would be after, but for rounding
                 param.copy_(starts[param] + results[param])
         return new_states
 
-    def _transform_params(self) -> ByParam:
-        members = self._members()
+    def _transform_params(self, members: Sequence[Member]) -> ByParam:
         new_states: ByParam = {}
         if self.post:
             inputs = {member.param: member.param.detach() for member in members}
-            results, new_states = self._run("post", inputs, lambda member: member.grad_context())
+            results, new_states = self._run("post", members, inputs, Member.grad_context)
             for param, result in results.items():
                 param.copy_(result)
         if self._overrides("_post_step_transform_"):
@@ -339,14 +342,18 @@ class ParamTransformingOptimizer(Optimizer):
         return new_states
 
     def _run(
-        self, slot: str, inputs: Mapping[Tensor, Tensor], context: Callable[[Member], Group]
+        self,
+        slot: str,
+        members: Sequence[Member],
+        inputs: Mapping[Tensor, Tensor],
+        context: Callable[[Member], Group],
     ) -> tuple[dict[Tensor, Tensor], ByParam]:
         """Run the chain of a slot, and return the results and the new states, by parameter."""
         stage = self._stage(slot)
         # Where a state is one for all, it advances for all. What takes no part is a tensor without elements.
-        members = [member for member in self._members() if member.param in inputs or stage.shares_state]
-        absent = {m.param: m.param.new_empty((0,) * max(m.param.ndim, 1)) for m in members if m.param not in inputs}
-        tensors = [inputs[m.param] if m.param in inputs else absent[m.param].detach() for m in members]
+        members = [member for member in members if member.param in inputs or stage.shares_state]
+        params = [member.param for member in members]
+        tensors = [inputs[p] if p in inputs else p.new_empty((0,) * max(p.ndim, 1)) for p in params]
         groups = [{**member.group, **member.identity(slot), **context(member)} for member in members]
         self._states.start(slot, stage, members)
         try:
@@ -356,9 +363,8 @@ class ParamTransformingOptimizer(Optimizer):
             places = [member.place() for member, group in zip(members, groups, strict=True) if group is failed]
             locate(error, ", ".join([slot, *places]))
             raise
-        by_param = {member.param: result for member, result in zip(members, results, strict=True)}
-        states = {member.param: own(state, member.param) for member, state in zip(members, new_states, strict=True)}
-        return {param: by_param[param] for param in inputs}, states
+        by_param = {param: result for param, result in zip(params, results, strict=True) if param in inputs}
+        return by_param, {param: own(state, param) for param, state in zip(params, new_states, strict=True)}
 
     def _for_each(self, members: Sequence[Member], slot: str, act: Callable[[Member], None]) -> None:
         for member in members:
@@ -460,9 +466,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = TransformStates.split(state_dict, self._members())
+        members = self._members()
+        states, bare = TransformStates.split(state_dict, members)
         for slot in SLOTS:
-            states.require_form(slot, self._stage(slot), self._members())
+            states.require_form(slot, self._stage(slot), members)
         for index, (saved, group) in enumerate(zip(bare["param_groups"], self.param_groups, strict=False)):
             check_group(index, {**self._own_defaults, **saved, "params": group["params"]}, self._chains())
         self.inner_opt.load_state_dict(bare)
