@@ -101,8 +101,8 @@ class Broadcast(Each):
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""
-        param_ndim = self._mapped_ndim(tensor, group)
-        if param_ndim is None:
+        param_ndim = self.mapped_ndim(tensor, group)
+        if param_ndim is None or self.shares_state:
             return self.stage.init(tensor, group)
 
         def init(sub_tensor: Tensor, sub_context: Group) -> State:
@@ -111,13 +111,13 @@ class Broadcast(Each):
         mapped: State = vmap(init, randomness="different")(to_batch(tensor, param_ndim), _batches(group, param_ndim))
         return mapped
 
-    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
+    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
         """What the transform measures, of the whole tensors."""
-        return self.stage.measure(tensors, groups)
+        return self.stage.measure(tensors, group, state)
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform each sub-tensor."""
-        param_ndim = self._mapped_ndim(tensor, group)
+        param_ndim = self.mapped_ndim(tensor, group)
         if param_ndim is None:
             return self.stage.act(tensor, group, state)
         for key in CONTEXT:
@@ -130,7 +130,7 @@ class Broadcast(Each):
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
             return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
 
-        batches = to_batch(tensor, param_ndim), _batches(group, param_ndim), state
+        batches = to_batch(tensor, param_ndim), _batches(group, param_ndim), {} if self.shares_state else state
         try:
             mapped, new_state = vmap(act, randomness="different")(*batches)
         except RuntimeError as error:
@@ -140,13 +140,13 @@ class Broadcast(Each):
                     f"or act on the whole tensor, broadcast({show(self.transform)}, None).",
                 )
             raise
-        return mapped.reshape(tensor.shape), new_state
+        return mapped.reshape(tensor.shape), state if self.shares_state else new_state
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.stage.check(group)
 
-    def _mapped_ndim(self, tensor: Tensor, group: Group) -> int | None:
+    def mapped_ndim(self, tensor: Tensor, group: Group) -> int | None:
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
         definition = self.transform.definition if isinstance(self.transform, BoundTransform) else None
         elementwise = definition is not None and definition.elementwise

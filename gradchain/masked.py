@@ -105,6 +105,11 @@ def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
     return torch.zeros_like(tensor)
 
 
+@set_to_zero.in_place
+def _set_to_zero(tensors: list[Tensor], group: Group) -> None:
+    torch._foreach_zero_(tensors)
+
+
 class Masked(Combinator):
     """A transform of what is selected. Made by ``masked``."""
 
@@ -116,13 +121,13 @@ class Masked(Combinator):
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state of the transform, if the parameter is selected."""
-        return self.stages[0].init(tensor, group) if self._selects(group) else {}
+        return self.stages[0].init(tensor, group) if self.selects(group) else {}
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
         """Transform the selected tensors together."""
-        chosen = [i for i, group in enumerate(groups) if self._selects(group)]
+        chosen = [i for i, group in enumerate(groups) if self.selects(group)]
         results, new_states = list(tensors), list(states)
         for i, result, new_state in _run_some(self.stages[0], chosen, tensors, groups, states):
             results[i], new_states[i] = self._mix(result, tensors[i], groups[i]), new_state
@@ -142,7 +147,8 @@ class Masked(Combinator):
             locate(error, f"masked: the mask of shape {tuple(self.where.shape)} does not fit {tuple(tensor.shape)}")
             raise
 
-    def _selects(self, group: Group) -> bool:
+    def selects(self, group: Group) -> bool:
+        """Whether the transform is for the parameter of ``group``, at least in part."""
         if isinstance(self.where, Tensor):
             return True
         return fnmatchcase(_read(group, "name", self), self.where) if isinstance(self.where, str) else self.where(group)
@@ -178,13 +184,13 @@ class Partition(Combinator):
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state of the transform for this kind."""
-        return self.stages[self._kind(group)].init(tensor, group)
+        return self.stages[self.kind(group)].init(tensor, group)
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
         """Transform the tensors of each kind together."""
-        kinds = [self._kind(group) for group in groups]
+        kinds = [self.kind(group) for group in groups]
         results, new_states = list(tensors), list(states)
         for kind, stage in enumerate(self.stages):
             chosen = [i for i, each in enumerate(kinds) if each == kind]
@@ -196,7 +202,8 @@ class Partition(Combinator):
         """The same with other transforms."""
         return Partition(dict(zip(self.kinds, members, strict=True)), self.by)
 
-    def _kind(self, group: Group) -> int:
+    def kind(self, group: Group) -> int:
+        """Which of the stages is for the parameter of ``group``."""
         value = _read(group, self.by, self)
         for index, kind in enumerate(self.kinds):
             if fnmatchcase(value, kind) if isinstance(kind, str) and isinstance(value, str) else value == kind:

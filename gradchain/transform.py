@@ -6,9 +6,10 @@ import functools
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_type_hints, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_args, get_type_hints, overload
 
 import torch
 from torch import Generator, Tensor
@@ -22,6 +23,9 @@ Group: TypeAlias = dict[str, Any]
 
 State: TypeAlias = dict[str, Any]
 """What a stateful transform remembers from step to step: a dict of tensors, or of such dicts."""
+
+Dim: TypeAlias = tuple[int, ...] | None
+"""The dimensions that a transform acts on: the last ones of a tensor, as negative numbers, or None for all of them."""
 
 CONTEXT = ("param", "grad")
 
@@ -46,6 +50,16 @@ class TransformFactory(Protocol[P]):
         """Register ``rule(**arguments)``, which raises where arguments that are each in range do not fit together."""
         ...
 
+    def in_place(self, rule: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``rule(tensors, group, ...)``, which overwrites tensors by what the function gives.
+
+        The rule takes what the function takes, but lists: ``tensors``, real and of one dtype; ``group["param"]`` and
+        ``group["grad"]``; and each entry of a state, stacked over sub-tensors, which it overwrites, too.
+        ``group["dim"]`` are the dimensions that the function acts on: None for all of a tensor, else its last ones, as
+        negative numbers. The rule must not fail where its function does not.
+        """
+        ...
+
 
 @overload
 def transform(function: Callable[Concatenate[Tensor, Group, P], Tensor], /) -> TransformFactory[P]: ...
@@ -64,8 +78,16 @@ def transform(
     elementwise: bool = False,
     whole: bool = False,
     real_only: bool = False,
-    measure: Callable[..., Group] | None = None,
 ) -> Callable[[Callable[Concatenate[Tensor, Group, State, P], tuple[Tensor, State]]], TransformFactory[P]]: ...
+@overload
+def transform(
+    *,
+    init: Callable[..., State],
+    measure: Callable[..., tuple[Group, State]],
+    elementwise: bool = False,
+    whole: bool = False,
+    real_only: bool = False,
+) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
 def transform(
     function: Callable[..., Any] | None = None,
     /,
@@ -74,7 +96,7 @@ def transform(
     elementwise: bool = False,
     whole: bool = False,
     real_only: bool = False,
-    measure: Callable[..., Group] | None = None,
+    measure: Callable[..., Any] | None = None,
 ) -> Any:
     """Turn a pure function ``(tensor, group, ...) -> tensor`` into a factory of transforms.
 
@@ -96,8 +118,9 @@ def transform(
         real_only: Complex tensors are a ``TypeError``.
         measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
             a dict that the function finds in its group. The tensors are as they are, half precision included, and the
-            arguments those of the first group. With ``init`` too, the state is one for all tensors: it may depend on
-            what was measured, and on nothing else.
+            arguments those of the first group. With ``init`` too, the state is that of the measure, one for all
+            tensors: ``measure(tensors, state, **arguments)`` returns the dict and a new state, and the function is
+            ``(tensor, group, ...) -> tensor``.
 
     Example:
         >>> from typing import Annotated
@@ -186,27 +209,23 @@ class Each(Stage):
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform one tensor, given what was measured."""
 
-    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
-        """What ``act`` finds in its group about all tensors."""
-        return {}
+    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
+        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        return {}, state
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
         """Transform all tensors, one after the other."""
         full = [(tensor, group) for tensor, group in zip(tensors, groups, strict=True) if tensor.numel()]
-        view = self.measure([tensor for tensor, _ in full], [group for _, group in full])
-        if self.shares_state:
-            states = [_as(states[0], state) for state in states]
+        view: Group = {}
+        if full:
+            view, state = self.measure([tensor for tensor, _ in full], full[0][1], states[0])
+            states = [state] * len(states) if self.shares_state else states
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
                 result, new_state = self.act(tensor, {**group, **view}, state)
-                # A tensor that takes no part keeps up with the others.
-                if self.shares_state and full and not tensor.numel():
-                    single = tensor.new_zeros((1,) * tensor.ndim)
-                    context = {key: single for key in CONTEXT if key in group}
-                    _, new_state = self.act(single, {**group, **context, **view}, state)
             except Exception as error:
                 error.failed_group = group  # type: ignore[attr-defined] # the optimizer knows which parameter it is
                 raise
@@ -281,11 +300,15 @@ class BoundTransform(Each):
             raise TypeError(f"{self!r}: init must return a dict of tensors, or of such dicts, got {state!r}")
         return state
 
-    def measure(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> Group:
-        """What ``act`` finds in its group about all tensors; the arguments are those of the first group."""
-        if self.definition.measure is None or not tensors:
-            return {}
-        return self.definition.measure(tensors, **self._read(groups[0]))
+    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
+        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        if self.definition.measure is None:
+            return {}, state
+        if not self.shares_state:
+            return self.definition.measure(tensors, **self._read(group)), state
+        with self._explaining_keys_of(state):
+            view, new_state = self.definition.measure(tensors, state, **self._read(group))
+        return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""
@@ -295,26 +318,15 @@ class BoundTransform(Each):
             )
         wide, wide_group = widen(tensor, group)
         function = self.definition.function
-        real = wide.real.dtype
-        arguments = {
-            name: value.to(real) if isinstance(value, Tensor) and value.ndim == 0 else value
-            for name, value in self._read(group).items()
-        }
+        arguments = self.read(group, wide.real.dtype)
         new_state = state
 
         def call() -> Tensor:
             nonlocal new_state
-            if not self.stateful:
+            if not self.stateful or self.shares_state:
                 return cast("Tensor", function(wide, wide_group, **arguments))
-            try:
+            with self._explaining_keys_of(state):
                 result = function(wide, wide_group, state, **arguments)
-            except KeyError as error:
-                if state or not error.args or error.args[0] in CONTEXT:
-                    raise
-                raise ValueError(
-                    f"{self!r}: the state has no {error.args[0]!r}; it comes from state = t.init(tensor, group), "
-                    "or from the step before"
-                ) from None
             if not (isinstance(result, tuple) and len(result) == 2 and _is_state(result[1])):
                 raise TypeError(f"{self!r} must return (tensor, state), got {type(result).__name__}")
             new_state = result[1]
@@ -322,9 +334,57 @@ class BoundTransform(Each):
 
         return _call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
 
+    def act_in_place(
+        self,
+        tensors: list[Tensor],
+        group: Group,
+        context: Mapping[str, Callable[[], list[Tensor]]],
+        states: Sequence[State],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        """Overwrite ``tensors``, and their states, by the rule that does what the function does.
+
+        Args:
+            tensors: What to transform, real and of one dtype.
+            group: Their group, with what was measured, and with ``"dim"``.
+            context: What makes the lists of their context, if the rule asks for them.
+            states: Their states; none where they have none of their own.
+            arguments: What ``read`` returns.
+        """
+        assert self.definition.rule is not None
+        dtype = compute_dtype(tensors[0].dtype)
+        wide = tensors if dtype == tensors[0].dtype else [tensor.to(dtype) for tensor in tensors]
+        group = _OnDemand(group, lambda key: [value.to(dtype) for value in context[key]()])
+        lists = [{key: [state[key] for state in states] for key in states[0]}] if states else []
+        self.definition.rule(wide, group, *lists, **arguments)
+        if wide is not tensors:
+            torch._foreach_copy_(tensors, wide)
+
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.definition.validate({**self.arguments, **self._overrides(group)}, self.prefix)
+
+    def read(self, group: Group, dtype: torch.dtype) -> Mapping[str, Any]:
+        """The arguments, with the hyperparameters in ``group``; tensors without dimensions in ``dtype``."""
+        arguments = self._read(group)
+        if not any(isinstance(value, Tensor) for value in arguments.values()):
+            return arguments
+        return {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.ndim == 0 else value
+            for name, value in arguments.items()
+        }
+
+    @contextmanager
+    def _explaining_keys_of(self, state: State) -> Iterator[None]:
+        try:
+            yield
+        except KeyError as error:
+            if state or not error.args or error.args[0] in CONTEXT:
+                raise
+            raise ValueError(
+                f"{self!r}: the state has no {error.args[0]!r}; it comes from state = t.init(tensor, group), "
+                "or from the step before"
+            ) from None
 
     def _overrides(self, group: Group) -> dict[str, Any]:
         # Names and keys are in the same order. Identity suffices: in an optimizer, groups hold the defaults themselves.
@@ -377,13 +437,13 @@ class _Definition:
         elementwise: bool,
         whole: bool,
         real_only: bool,
-        measure: Callable[..., Group] | None,
+        measure: Callable[..., Any] | None,
     ) -> None:
-        given = 2 if init is None else 3
+        given = 2 if init is None or measure is not None else 3
         parameters = list(inspect.signature(function).parameters.values())
         by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         if len(parameters) < given or any(p.kind not in by_keyword for p in parameters[given:]):
-            first = "tensor, group" if init is None else "tensor, group, state"
+            first = ("tensor, group", "tensor, group, state")[given - 2]
             raise TypeError(
                 f"{function.__name__} must be a function of ({first}), hyperparameters that can be given by keyword, "
                 f"and options after *; got {inspect.signature(function)}"
@@ -399,6 +459,7 @@ class _Definition:
         self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
         self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.check: Callable[..., None] = lambda **arguments: None
+        self.rule: Callable[..., None] | None = None
         self.factory = self._make_factory()
         self._hints: dict[str, Any] | None = None  # not before the first call: annotations may name what comes later
 
@@ -418,15 +479,25 @@ class _Definition:
             self.check = rule
             return rule
 
+        def register_rule(rule: Callable[..., None]) -> Callable[..., None]:
+            self.rule = rule
+            return rule
+
         factory.__signature__ = self.signature  # type: ignore[attr-defined]
         factory.check = register_check  # type: ignore[attr-defined]
+        factory.in_place = register_rule  # type: ignore[attr-defined]
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
 
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether an argument can be a tensor that fits the one to be transformed."""
+        self._hints = self._hints or get_type_hints(self.function, include_extras=True)
+        return any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
+
     def validate(self, arguments: Mapping[str, Any], prefix: str, *, read_tensors: bool = True) -> None:
         """Raise where an argument has the wrong type, is out of range, or does not fit the others."""
-        if self._hints is None:
-            self._hints = get_type_hints(self.function, include_extras=True)
+        self._hints = self._hints or get_type_hints(self.function, include_extras=True)
         unread = {name for name, value in arguments.items() if isinstance(value, Tensor) and not read_tensors}
         for name in arguments.keys() - unread:
             validate(f"{prefix}.{name}", self._hints.get(name, Any), arguments[name])
@@ -472,10 +543,15 @@ class Combinator(Stage):
                 raise
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which functions see tensors of ``dtype``."""
+    return _COMPUTE_DTYPE.get(dtype, dtype)
+
+
 def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     """A half-precision tensor and its context as float32; others as they are."""
-    dtype = _COMPUTE_DTYPE.get(tensor.dtype)
-    if dtype is None:
+    dtype = compute_dtype(tensor.dtype)
+    if dtype == tensor.dtype:
         return tensor, group
     return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
 
@@ -561,13 +637,19 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
     return result
 
 
+class _OnDemand(dict[str, Any]):
+    """A group that makes what not every rule asks for when it is asked."""
+
+    def __init__(self, group: Group, make: Callable[[str], Any]) -> None:
+        super().__init__(group)
+        self._make = make
+
+    def __missing__(self, key: str) -> Any:
+        return self.setdefault(key, self._make(key))
+
+
 def _is_state(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, Tensor) or _is_state(v) for v in value.values())
-
-
-def _as(state: Any, form: Any) -> Any:
-    """``state`` in the dtypes and on the devices of ``form``."""
-    return {k: _as(v, form[k]) for k, v in state.items()} if isinstance(state, dict) else state.to(form)
 
 
 def _version(tensor: Tensor) -> int:

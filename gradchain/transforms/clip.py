@@ -7,7 +7,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import norm, shorten
+from gradchain.transforms._numerics import combine, divide_, norm, norms, rms, shorten, shorten_
 
 
 @transform
@@ -40,6 +40,11 @@ def clip_by_norm(
     return shorten(tensor, norm(tensor, ord), max_norm)
 
 
+@clip_by_norm.in_place
+def _clip_by_norm(tensors: list[Tensor], group: Group, max_norm: float, *, ord: float) -> None:
+    shorten_(tensors, norms(tensors, group["dim"], ord), max_norm)
+
+
 @transform
 def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]) -> Tensor:
     r"""Scale down so that the root mean square is at most ``threshold``.
@@ -63,8 +68,12 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
     References:
         Shazeer and Stern, Adafactor, https://arxiv.org/abs/1804.04235, 2018; optax ``clip_by_block_rms``.
     """
-    rms = norm(tensor) / math.sqrt(tensor.numel())
-    return shorten(tensor, rms, threshold)
+    return shorten(tensor, norm(tensor) / math.sqrt(tensor.numel()), threshold)
+
+
+@clip_by_rms.in_place
+def _clip_by_rms(tensors: list[Tensor], group: Group, threshold: float) -> None:
+    shorten_(tensors, rms(tensors, group["dim"]), threshold)
 
 
 @transform
@@ -96,3 +105,10 @@ def clip_adaptive(
     """
     max_norm = clipping * norm(group["param"]).clamp_min(eps)
     return shorten(tensor, norm(tensor), max_norm)
+
+
+@clip_adaptive.in_place
+def _clip_adaptive(tensors: list[Tensor], group: Group, clipping: float, eps: float) -> None:
+    dim = group["dim"]
+    lengths = norms(tensors, dim), norms(group["param"], dim)
+    divide_(tensors, combine(lambda t, p: (t / (clipping * p.clamp_min(eps))).clamp_min(1), *lengths))

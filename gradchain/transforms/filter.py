@@ -20,7 +20,7 @@ from gradchain.transform import (
     transform,
     widen,
 )
-from gradchain.transforms._averages import move_average, start_average
+from gradchain.transforms._averages import move_average, move_averages_, start_average
 
 
 def _no_average(tensor: Tensor, group: Group, *, debias: bool, **_: Any) -> State:
@@ -61,6 +61,12 @@ def ema(
     return new_state["average"], new_state
 
 
+@ema.in_place
+def _ema(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], decay: float, *, debias: bool) -> None:
+    move_averages_(state, tensors, decay, debias)
+    torch._foreach_copy_(tensors, state["average"])
+
+
 def _no_trace(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"trace": torch.zeros_like(tensor)}
 
@@ -97,6 +103,18 @@ def trace(
     """
     new_trace = tensor + decay * state["trace"]
     return tensor + decay * new_trace if nesterov else new_trace, {"trace": new_trace}
+
+
+@trace.in_place
+def _trace(
+    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], decay: float, *, nesterov: bool
+) -> None:
+    torch._foreach_mul_(state["trace"], decay)
+    torch._foreach_add_(state["trace"], tensors)
+    if nesterov:
+        torch._foreach_add_(tensors, torch._foreach_mul(state["trace"], decay))
+    else:
+        torch._foreach_copy_(tensors, state["trace"])
 
 
 def _nothing_before(tensor: Tensor, group: Group, **_: Any) -> State:
@@ -144,6 +162,16 @@ def amplify_slow(
     return tensor + alpha * average, {"previous": average, "started": torch.ones_like(state["started"])}
 
 
+@amplify_slow.in_place
+def _amplify_slow(
+    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], alpha: float, decay: float
+) -> None:
+    for tensor, previous, started in zip(tensors, state["previous"], state["started"], strict=True):
+        previous.copy_(torch.where(started, previous, tensor)).lerp_(tensor, 1 - decay)
+        started.fill_(True)
+        tensor.add_(alpha * previous)
+
+
 @transform(init=_nothing_before, elementwise=True)
 def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0) -> tuple[Tensor, State]:
     r"""Go on in the direction in which the tensor has changed since the step before.
@@ -172,6 +200,15 @@ def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0)
     # A copy, because an optimizer writes the result over the gradient.
     new_state = {"previous": tensor.clone(), "started": torch.ones_like(state["started"])}
     return tensor + weight * (tensor - _previous(state, tensor)), new_state
+
+
+@extrapolate.in_place
+def _extrapolate(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], weight: float) -> None:
+    for tensor, previous, started in zip(tensors, state["previous"], state["started"], strict=True):
+        change = tensor - torch.where(started, previous, tensor)
+        previous.copy_(tensor)
+        started.fill_(True)
+        tensor.add_(weight * change)
 
 
 def _nothing_accumulated(tensor: Tensor, group: Group, **_: Any) -> State:
@@ -208,6 +245,17 @@ def accumulate(tensor: Tensor, group: Group, state: State, k: Annotated[int, Ge(
     mean = state["mean"] + (tensor - state["mean"]) / count
     full = count >= k
     return torch.where(full, mean, 0), {"mean": torch.where(full, 0, mean), "count": torch.where(full, 0, count)}
+
+
+@accumulate.in_place
+def _accumulate(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], k: int) -> None:
+    for tensor, mean, count in zip(tensors, state["mean"], state["count"], strict=True):
+        count.add_(1)
+        mean.add_((tensor - mean) / count)
+        full = count >= k
+        tensor.copy_(torch.where(full, mean, 0))
+        mean.masked_fill_(full, 0)
+        count.masked_fill_(full, 0)
 
 
 def with_error_feedback(transform: Transform) -> ErrorFeedback:

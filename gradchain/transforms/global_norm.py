@@ -9,21 +9,31 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, shorten
+from gradchain.transforms._numerics import floor, is_long, shorten, whole_norms
 
 
 def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
     """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
-    norms = [_norm(tensor, ord).to(tensors[0].device) for tensor in tensors if tensor.numel() > 0]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    norms = [norm.to(tensors[0].device) for same in by_dtype.values() for norm in _norms(same, ord)]
     if not norms:
         return {"global_norm": torch.zeros((), device=tensors[0].device)}
     return {"global_norm": torch.linalg.vector_norm(torch.stack(norms), ord)}
 
 
-def _norm(tensor: Tensor, ord: float) -> Tensor:
+def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    # functorch has no rule for lists, and a list cannot have a DTensor beside others.
+    if not torch._C._are_functorch_transforms_active() and not any(hasattr(t, "full_tensor") for t in tensors):
+        parts = [[tensor] for tensor in tensors if is_long(tensor)]
+        short = [tensor for tensor in tensors if not is_long(tensor)]
+        return [norm for part in (*parts, short) if part for norm in whole_norms(part, ord, dtype)]
     # The inf-norm of no elements raises, and so would a rank that has none of them, while the others wait for it.
-    whole = gather(tensor) if ord == math.inf else tensor
-    return gather(torch.linalg.vector_norm(whole, ord, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    whole = map(gather, tensors) if ord == math.inf else tensors
+    return [gather(torch.linalg.vector_norm(tensor, ord, dtype=dtype)) for tensor in whole]
 
 
 def gather(value: Tensor) -> Tensor:
@@ -73,6 +83,11 @@ def clip_by_global_norm(
     return shorten(tensor, global_norm(tensor, group), max_norm)
 
 
+@clip_by_global_norm.in_place
+def _clip_by_global_norm(tensors: list[Tensor], group: Group, max_norm: float, *, ord: float) -> None:
+    torch._foreach_mul_(tensors, 1 / (global_norm(tensors[0], group) / max_norm).clamp_min(1))
+
+
 @transform(elementwise=True, measure=measure_global_norm)
 def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
     r"""Divide by the 2-norm of all tensors together.
@@ -91,3 +106,8 @@ def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
         optax ``normalize_by_update_norm``, which adds 1e-6 to the norm.
     """
     return tensor / global_norm(tensor, group).clamp_min(floor(tensor))
+
+
+@normalize_by_global_norm.in_place
+def _normalize_by_global_norm(tensors: list[Tensor], group: Group) -> None:
+    torch._foreach_mul_(tensors, 1 / global_norm(tensors[0], group).clamp_min(floor(tensors[0])))

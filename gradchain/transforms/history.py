@@ -1,10 +1,12 @@
 """Transforms that shorten a gradient that is long in comparison with those of earlier steps.
 
 The length is the 2-norm of all tensors of the optimizer together. What it was in earlier steps is in the state, which
-is the same for all parameters, also for those without a gradient. NaN and infinite norms are not kept.
+is the same for all parameters, also for those without a gradient. NaN and infinite norms are not kept. So there is one
+limit for all: with different hyperparameters in different groups, those of the first group count.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -12,23 +14,29 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from gradchain.transform import Group, State, transform
-from gradchain.transforms._numerics import shorten
-from gradchain.transforms.global_norm import global_norm, measure_global_norm
+from gradchain.transforms.global_norm import measure_global_norm
 
 
 def _no_norms(tensor: Tensor, group: Group, *, window: int, **arguments: object) -> State:
     return {"norms": torch.full((window,), math.inf, device=tensor.device, dtype=tensor.real.dtype)}
 
 
-@transform(init=_no_norms, elementwise=True, measure=measure_global_norm)
+def _measure_history(
+    tensors: Sequence[Tensor], state: State, percentile: float, **arguments: object
+) -> tuple[Group, State]:
+    length = measure_global_norm(tensors)["global_norm"].to(state["norms"])
+    norms = torch.cat([state["norms"][1:], torch.where(length.isfinite(), length, math.inf).reshape(1)])
+    return {"length": length, "limit": _percentile(norms, percentile)}, {"norms": norms}
+
+
+@transform(init=_no_norms, elementwise=True, measure=_measure_history)
 def clip_by_history(
     tensor: Tensor,
     group: Group,
-    state: State,
     percentile: Annotated[float, Ge(0), Le(100)],
     *,
     window: Annotated[int, Gt(0)] = 1000,
-) -> tuple[Tensor, State]:
+) -> Tensor:
     r"""Scale down so that the norm of all tensors together is at most a percentile of its history.
 
     .. math:: t \cdot \min(1, c_k / \|T_k\|_2), \quad c_k = \operatorname{percentile}_q(\|T_{k-w+1}\|_2, \dots,
@@ -57,9 +65,7 @@ def clip_by_history(
         Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation Networks,
         https://arxiv.org/abs/2007.14469, 2020.
     """
-    length = global_norm(tensor, group)
-    norms = torch.cat([state["norms"][1:], torch.where(length.isfinite(), length, math.inf).reshape(1)])
-    return shorten(tensor, length, _positive(_percentile(norms, percentile))), {"norms": norms}
+    return tensor / _excess(tensor, group)
 
 
 def _no_moments(tensor: Tensor, group: Group, **arguments: object) -> State:
@@ -67,16 +73,38 @@ def _no_moments(tensor: Tensor, group: Group, **arguments: object) -> State:
     return {**moments, "count": torch.zeros((), device=tensor.device, dtype=torch.int64)}
 
 
-@transform(init=_no_moments, elementwise=True, measure=measure_global_norm)
+def _measure_zscore(
+    tensors: Sequence[Tensor], state: State, threshold: float, decay: float, warmup: int
+) -> tuple[Group, State]:
+    mean, variance, count = state["mean"], state["variance"], state["count"]
+    length = measure_global_norm(tensors)["global_norm"].to(mean)
+    deviation = variance.sqrt()
+    z = (length - mean) / _positive(deviation)
+    is_spike = (z > threshold) & (count >= warmup)
+    limit = torch.where(is_spike, mean + threshold * (threshold / z.clamp_min(threshold)) * deviation, length)
+
+    # The plain moments of n norms are moving averages of the weights 1, 1/2, ..., 1/n, by Welford's update.
+    is_warm = count < warmup
+    weight = torch.where(is_warm, 1 / (count + 1).to(mean.dtype), 1 - decay)
+    difference = limit - mean
+    spread = torch.where(is_warm, 1 - weight, (1 - weight) ** 2) * difference**2
+    counts = length.isfinite()
+    return {"length": length, "limit": limit}, {
+        "mean": torch.where(counts, mean + weight * difference, mean),
+        "variance": torch.where(counts, (1 - weight) * variance + weight * spread, variance),
+        "count": count + counts,
+    }
+
+
+@transform(init=_no_moments, elementwise=True, measure=_measure_zscore)
 def clip_by_zscore(
     tensor: Tensor,
     group: Group,
-    state: State,
     threshold: Annotated[float, Gt(0), Lt(math.inf)],
     *,
     decay: Annotated[float, Ge(0), Lt(1)] = 0.97,
     warmup: Annotated[int, Gt(0)] = 25,
-) -> tuple[Tensor, State]:
+) -> Tensor:
     r"""Scale down where the norm of all tensors together is many standard deviations above its moving average.
 
     .. math:: t \cdot \frac{c}{\|T\|_2}, \quad c = \mu + \frac{z_{max}^2}{z} \sigma \text{ if }
@@ -107,25 +135,19 @@ def clip_by_zscore(
     References:
         Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, https://arxiv.org/abs/2504.02507, 2025.
     """
-    mean, variance, count = state["mean"], state["variance"], state["count"]
-    length = global_norm(tensor, group)
-    deviation = variance.sqrt()
-    z = (length - mean) / _positive(deviation)
-    is_spike = (z > threshold) & (count >= warmup)
-    limit = torch.where(is_spike, mean + threshold * (threshold / z.clamp_min(threshold)) * deviation, length)
+    return tensor / _excess(tensor, group)
 
-    # The plain moments of n norms are moving averages of the weights 1, 1/2, ..., 1/n, by Welford's update.
-    is_warm = count < warmup
-    weight = torch.where(is_warm, 1 / (count + 1).to(mean.dtype), 1 - decay)
-    difference = limit - mean
-    spread = torch.where(is_warm, 1 - weight, (1 - weight) ** 2) * difference**2
-    counts = length.isfinite()
-    new_state = {
-        "mean": torch.where(counts, mean + weight * difference, mean),
-        "variance": torch.where(counts, (1 - weight) * variance + weight * spread, variance),
-        "count": count + counts,
-    }
-    return shorten(tensor, length, _positive(limit)), new_state
+
+@clip_by_history.in_place
+@clip_by_zscore.in_place
+def _shorten(tensors: list[Tensor], group: Group, **arguments: object) -> None:
+    torch._foreach_mul_(tensors, 1 / _excess(tensors[0], group))
+
+
+def _excess(tensor: Tensor, group: Group) -> Tensor:
+    """By how much the norm is above its limit: at least 1, with the device and the dtype of ``tensor``."""
+    ratio: Tensor = group["length"] / _positive(group["limit"])
+    return ratio.clamp_min(1).to(tensor.device, tensor.real.dtype)
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:

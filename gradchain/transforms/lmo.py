@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import unit
+from gradchain.transforms._numerics import normalize_, rewrite_units, unit
 
 
 @transform
@@ -35,6 +35,15 @@ def lmo_l1(tensor: Tensor, group: Group) -> Tensor:
     return torch.where(largest, flat.sgn(), 0).reshape(tensor.shape)
 
 
+@lmo_l1.in_place
+def _lmo_l1(tensors: list[Tensor], group: Group) -> None:
+    def keep_largest(units: Tensor) -> Tensor:
+        largest = units.abs().argmax(dim=1, keepdim=True)
+        return torch.zeros_like(units).scatter_(1, largest, units.gather(1, largest).sgn())
+
+    rewrite_units(tensors, group["dim"], keep_largest)
+
+
 @transform
 def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     r"""Divide by the 2-norm.
@@ -53,6 +62,11 @@ def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     return unit(tensor)
 
 
+@lmo_l2.in_place
+def _lmo_l2(tensors: list[Tensor], group: Group) -> None:
+    normalize_(tensors, group["dim"])
+
+
 @transform(elementwise=True)
 def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace each element by its sign.
@@ -69,3 +83,8 @@ def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
         Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
     """
     return tensor.sgn()
+
+
+@lmo_linf.in_place
+def _lmo_linf(tensors: list[Tensor], group: Group) -> None:
+    torch._foreach_sign_(tensors)

@@ -11,7 +11,19 @@ from annotated_types import Gt, Lt
 from torch import Tensor
 
 from gradchain.transform import Group, State, transform
-from gradchain.transforms._numerics import floor, inner, norm, shorten
+from gradchain.transforms._numerics import (
+    clamp_,
+    combine,
+    count,
+    floor,
+    inner,
+    inner_units,
+    norm,
+    norms,
+    rewrite_units,
+    shorten,
+    shorten_,
+)
 
 
 @transform(elementwise=True, real_only=True)
@@ -33,6 +45,11 @@ def project_nonnegative(tensor: Tensor, group: Group) -> Tensor:
         optax ``projection_non_negative``.
     """
     return tensor.clamp_min(0)
+
+
+@project_nonnegative.in_place
+def _nonnegative(tensors: list[Tensor], group: Group) -> None:
+    torch._foreach_clamp_min_(tensors, 0)
 
 
 @transform(elementwise=True, real_only=True)
@@ -60,6 +77,12 @@ def project_box(tensor: Tensor, group: Group, lower: float | Tensor, upper: floa
         optax ``projection_box``.
     """
     return torch.clamp(tensor, _like(lower, tensor), _like(upper, tensor))
+
+
+@project_box.in_place
+def _into_box(tensors: list[Tensor], group: Group, lower: float | Tensor, upper: float | Tensor) -> None:
+    for tensor in tensors:
+        tensor.clamp_(_like(lower, tensor), _like(upper, tensor))
 
 
 @project_box.check
@@ -93,6 +116,11 @@ def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     return tensor.clamp(-radius, radius)
 
 
+@project_linf_ball.in_place
+def _into_linf_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
+    clamp_(tensors, -radius, radius)
+
+
 @transform
 def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)]) -> Tensor:
     r"""Scale down so that the 2-norm is at most ``radius``.
@@ -115,6 +143,11 @@ def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
         optax ``projection_l2_ball``.
     """
     return shorten(tensor, norm(tensor), radius)
+
+
+@project_l2_ball.in_place
+def _into_l2_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
+    shorten_(tensors, norms(tensors, group["dim"]), radius)
 
 
 @transform
@@ -143,6 +176,15 @@ def project_l2_sphere(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     return radius * torch.where(length < least, tensor.numel() ** -0.5, tensor / length.clamp_min(least))
 
 
+@project_l2_sphere.in_place
+def _onto_l2_sphere(tensors: list[Tensor], group: Group, radius: float) -> None:
+    dim, least = group["dim"], floor(tensors[0])
+    lengths = norms(tensors, dim)
+    torch._foreach_mul_(tensors, combine(lambda n: torch.where(n < least, 0, radius / n.clamp_min(least)), lengths))
+    for tensor, length in zip(tensors, lengths, strict=True):
+        tensor.add_((length < least).to(tensor.dtype) * (radius * count(tensor, dim) ** -0.5))
+
+
 @transform
 def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)]) -> Tensor:
     r"""Shrink the magnitudes, all by the same amount, so that the 1-norm is at most ``radius``.
@@ -165,7 +207,12 @@ def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
         Duchi et al., Efficient Projections onto the l1-Ball, https://doi.org/10.1145/1390156.1390191, 2008; optax
         ``projection_l1_ball``.
     """
-    return _onto_l1_ball(tensor, radius)
+    return _onto_l1_ball(tensor.flatten(), radius).reshape(tensor.shape)
+
+
+@project_l1_ball.in_place
+def _rows_onto_l1_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
+    rewrite_units(tensors, group["dim"], lambda units: _onto_l1_ball(units, radius))
 
 
 @transform
@@ -190,9 +237,12 @@ def project_l1_sphere(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
         Duchi et al., Efficient Projections onto the l1-Ball, https://doi.org/10.1145/1390156.1390191, 2008; optax
         ``projection_l1_sphere``.
     """
-    magnitude = tensor.abs()
-    sign = torch.where(magnitude > 0, tensor.sgn(), 1)
-    return sign * _onto_simplex(magnitude, radius)
+    return _onto_l1_sphere(tensor.flatten(), radius).reshape(tensor.shape)
+
+
+@project_l1_sphere.in_place
+def _rows_onto_l1_sphere(tensors: list[Tensor], group: Group, radius: float) -> None:
+    rewrite_units(tensors, group["dim"], lambda units: _onto_l1_sphere(units, radius))
 
 
 @transform(real_only=True)
@@ -218,7 +268,12 @@ def project_simplex(tensor: Tensor, group: Group, scale: Annotated[float, Gt(0),
         Duchi et al., Efficient Projections onto the l1-Ball, https://doi.org/10.1145/1390156.1390191, 2008; optax
         ``projection_simplex``.
     """
-    return _onto_simplex(tensor, scale)
+    return _onto_simplex(tensor.flatten(), scale).reshape(tensor.shape)
+
+
+@project_simplex.in_place
+def _rows_onto_simplex(tensors: list[Tensor], group: Group, scale: float) -> None:
+    rewrite_units(tensors, group["dim"], lambda units: _onto_simplex(units, scale))
 
 
 @transform
@@ -247,6 +302,14 @@ def project_hyperplane(tensor: Tensor, group: Group, a: float | Tensor, b: float
     return tensor - (inner(normal, tensor) - b) / inner(normal, normal) * normal
 
 
+@project_hyperplane.in_place
+def _onto_hyperplane(tensors: list[Tensor], group: Group, a: float | Tensor, b: float) -> None:
+    for tensor in tensors:
+        normal = _like(a, tensor).expand(tensor.shape)
+        excess = inner_units(normal, tensor, group["dim"]) - b
+        tensor.addcmul_(normal, excess / inner_units(normal, normal, group["dim"]), value=-1)
+
+
 @transform
 def project_halfspace(tensor: Tensor, group: Group, a: float | Tensor, b: float) -> Tensor:
     r"""Move along ``a`` into the halfspace <a, x> <= b, if outside.
@@ -272,6 +335,14 @@ def project_halfspace(tensor: Tensor, group: Group, a: float | Tensor, b: float)
     """
     normal = _like(a, tensor).expand(tensor.shape)
     return tensor - (inner(normal, tensor) - b).clamp_min(0) / inner(normal, normal) * normal
+
+
+@project_halfspace.in_place
+def _into_halfspace(tensors: list[Tensor], group: Group, a: float | Tensor, b: float) -> None:
+    for tensor in tensors:
+        normal = _like(a, tensor).expand(tensor.shape)
+        excess = (inner_units(normal, tensor, group["dim"]) - b).clamp_min(0)
+        tensor.addcmul_(normal, excess / inner_units(normal, normal, group["dim"]), value=-1)
 
 
 @project_hyperplane.check
@@ -327,7 +398,7 @@ def project_ball_around_reference(
     """
     way = tensor - state["reference"]
     if ord == 1:
-        short = _onto_l1_ball(way, radius)
+        short = _onto_l1_ball(way.flatten(), radius).reshape(way.shape)
     elif ord == 2:
         short = shorten(way, norm(way), radius)
     else:
@@ -338,6 +409,32 @@ def project_ball_around_reference(
     return projected if upper is None else projected.clamp_max(upper), state
 
 
+@project_ball_around_reference.in_place
+def _into_ball_around_reference(
+    tensors: list[Tensor],
+    group: Group,
+    state: dict[str, list[Tensor]],
+    radius: float,
+    *,
+    ord: float,
+    lower: float | None,
+    upper: float | None,
+) -> None:
+    for tensor, reference in zip(tensors, state["reference"], strict=True):
+        reference = reference.reshape(tensor.shape)  # from one reference for each unit
+        way = tensor - reference
+        short = way.clone()
+        if ord == 1:
+            rewrite_units([short], group["dim"], lambda units: _onto_l1_ball(units, radius))
+        elif ord == 2:
+            shorten_([short], norms([short], group["dim"]), radius)
+        else:
+            short.clamp_(-radius, radius)
+        tensor.copy_(torch.where(short == way, tensor, reference + short))
+        if lower is not None or upper is not None:
+            tensor.clamp_(lower, upper)
+
+
 @project_ball_around_reference.check
 def _ball_and_box(ord: float, lower: float | None, upper: float | None, **arguments: Any) -> None:
     if ord not in (1, 2, math.inf):
@@ -346,20 +443,27 @@ def _ball_and_box(ord: float, lower: float | None, upper: float | None, **argume
         raise ValueError(f"needs lower <= upper, got lower={lower!r} and upper={upper!r}")
 
 
-def _onto_l1_ball(tensor: Tensor, radius: float) -> Tensor:
-    magnitude = tensor.abs()
-    return tensor.sgn() * torch.where(magnitude.sum() > radius, _onto_simplex(magnitude, radius), magnitude)
+def _onto_l1_ball(units: Tensor, radius: float) -> Tensor:
+    magnitude = units.abs()
+    length = magnitude.sum(-1, keepdim=True)
+    return units.sgn() * torch.where(length > radius, _onto_simplex(magnitude, radius), magnitude)
 
 
-def _onto_simplex(tensor: Tensor, total: float) -> Tensor:
-    """Subtract from all elements what makes the positive ones that are left sum to ``total``.
+def _onto_l1_sphere(units: Tensor, radius: float) -> Tensor:
+    magnitude = units.abs()
+    sign = torch.where(magnitude > 0, units.sgn(), 1)
+    return sign * _onto_simplex(magnitude, radius)
+
+
+def _onto_simplex(units: Tensor, total: float) -> Tensor:
+    """Subtract, along the last dimension, what makes the positive elements that are left sum to ``total``.
 
     That is the largest of the candidates (s_k - total) / k, where s_k is the sum of the k largest elements.
     """
-    shifted = tensor - tensor.amax()  # the same projection, without the rounding of large numbers
-    descending = shifted.flatten().sort(descending=True).values
-    count = torch.arange(1, descending.numel() + 1, device=tensor.device)
-    return (shifted - ((descending.cumsum(0) - total) / count).amax()).clamp_min(0)
+    shifted = units - units.amax(-1, keepdim=True)  # the same projection, without the rounding of large numbers
+    descending = shifted.sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, units.shape[-1] + 1, device=units.device)
+    return (shifted - ((descending.cumsum(-1) - total) / ranks).amax(-1, keepdim=True)).clamp_min(0)
 
 
 def _like(value: float | Tensor, tensor: Tensor) -> Tensor:

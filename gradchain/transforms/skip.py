@@ -27,12 +27,19 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from gradchain.transform import Group, State, transform
-from gradchain.transforms.global_norm import gather, global_norm, measure_global_norm
+from gradchain.transforms.global_norm import gather, measure_global_norm
 
 
-def _measure_finite(tensors: Sequence[Tensor], **arguments: Any) -> Group:
+def _measure_finite(tensors: Sequence[Tensor], state: State, max_consecutive: int) -> tuple[Group, State]:
     flags = [gather(tensor.isfinite().all()).to(tensors[0].device) for tensor in tensors]
-    return {"all_finite": torch.stack(flags).all()}
+    return _count(~torch.stack(flags).all(), state, max_consecutive)
+
+
+def _measure_length(
+    tensors: Sequence[Tensor], state: State, max_norm: float, max_consecutive: int, *, ord: float
+) -> tuple[Group, State]:
+    length = measure_global_norm(tensors, ord=ord)["global_norm"]
+    return _count(~(length <= max_norm), state, max_consecutive)  # not length > max_norm, which is false for NaN
 
 
 def _count_nothing(tensor: Tensor, group: Group, **arguments: Any) -> State:
@@ -41,16 +48,15 @@ def _count_nothing(tensor: Tensor, group: Group, **arguments: Any) -> State:
     return {**flags, **counters}
 
 
-def _skip(tensor: Tensor, is_bad: Tensor, state: State, max_consecutive: int) -> tuple[Tensor, State]:
+def _count(is_bad: Tensor, state: State, max_consecutive: int) -> tuple[Group, State]:
+    is_bad = is_bad.to(state["total"].device)
     in_a_row = torch.where(is_bad, state["in_a_row"] + 1, 0)
     counted = {"in_a_row": in_a_row, "total": state["total"] + is_bad, "too_many": in_a_row > max_consecutive}
-    return torch.where(is_bad, 0, tensor), {"skip_step": is_bad, **counted}
+    return {"is_bad": is_bad}, {"skip_step": is_bad, **counted}
 
 
 @transform(init=_count_nothing, elementwise=True, measure=_measure_finite)
-def skip_nonfinite(
-    tensor: Tensor, group: Group, state: State, max_consecutive: Annotated[int, Ge(0)] = 10
-) -> tuple[Tensor, State]:
+def skip_nonfinite(tensor: Tensor, group: Group, max_consecutive: Annotated[int, Ge(0)] = 10) -> Tensor:
     r"""Skip the whole step if an element of any tensor is NaN or infinite.
 
     .. math:: t \text{ if all elements of } T = (t_1, t_2, \dots) \text{ are finite, else the step is not made}
@@ -76,19 +82,18 @@ def skip_nonfinite(
         Micikevicius et al., Mixed Precision Training, https://arxiv.org/abs/1710.03740, 2017; optax
         ``apply_if_finite``, which makes the step after too many, and ``skip_not_finite`` for ``MultiSteps``.
     """
-    return _skip(tensor, ~group["all_finite"].to(tensor.device), state, max_consecutive)
+    return torch.where(group["is_bad"].to(tensor.device), 0, tensor)
 
 
-@transform(init=_count_nothing, elementwise=True, measure=measure_global_norm)
+@transform(init=_count_nothing, elementwise=True, measure=_measure_length)
 def skip_large(
     tensor: Tensor,
     group: Group,
-    state: State,
     max_norm: Annotated[float, Gt(0)],
     max_consecutive: Annotated[int, Ge(0)] = 10,
     *,
     ord: Annotated[float, Gt(0)] = 2.0,
-) -> tuple[Tensor, State]:
+) -> Tensor:
     r"""Skip the whole step if the ``ord``-norm of all tensors together is above ``max_norm``, or NaN.
 
     .. math:: t \text{ if } \|T\|_{ord} \le c, \; T = (t_1, t_2, \dots), \text{ else the step is not made}
@@ -116,5 +121,11 @@ def skip_large(
         Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, https://arxiv.org/abs/2204.02311, 2022, which
         skips around loss spikes; optax ``skip_large_updates`` for ``MultiSteps``, which takes the square of the norm.
     """
-    # Not norm > max_norm, which is false for NaN.
-    return _skip(tensor, ~(global_norm(tensor, group) <= max_norm), state, max_consecutive)
+    return torch.where(group["is_bad"].to(tensor.device), 0, tensor)
+
+
+@skip_nonfinite.in_place
+@skip_large.in_place
+def _zero(tensors: list[Tensor], group: Group, **arguments: Any) -> None:
+    if group["is_bad"]:  # the optimizer has read it before, and does not come here then
+        torch._foreach_zero_(tensors)

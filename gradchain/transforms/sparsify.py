@@ -7,6 +7,7 @@ from annotated_types import Ge, Le
 from torch import Generator, Tensor
 
 from gradchain.transform import Group, transform
+from gradchain.transforms._numerics import rewrite_units
 
 
 @transform
@@ -42,14 +43,30 @@ def keep_top_q(
         Tramèr and Boneh, Adversarial Training and Robustness for Multiple Perturbations,
         https://arxiv.org/abs/1904.13000, 2019.
     """
-    share: float | Tensor = q
-    if isinstance(dq, Tensor) or dq > 0:
-        device = tensor.device if generator is None else generator.device
-        uniform = torch.rand((), device=device, generator=generator).to(tensor.device)
-        share = torch.clamp(q + dq * (2 * uniform - 1), 0, 1)
-    kept = (1 - share) * tensor.numel()
     flat = tensor.flatten()
     order = flat.abs().argsort(descending=True, stable=True)
     ranks = torch.empty_like(order).scatter(0, order, torch.arange(flat.numel(), device=tensor.device))
-    largest = ranks < (kept.round() if isinstance(kept, Tensor) else round(kept))
+    largest = ranks < _count_kept(flat.unsqueeze(0), q, dq, generator)
     return torch.where(largest, flat, 0).reshape(tensor.shape)
+
+
+@keep_top_q.in_place
+def _keep_top_q(tensors: list[Tensor], group: Group, q: float, dq: float, *, generator: Generator | None) -> None:
+    def keep(units: Tensor) -> Tensor:
+        kept = _count_kept(units, q, dq, generator)
+        order = units.abs().argsort(dim=1, descending=True, stable=True)
+        ranked = torch.arange(units.shape[1], device=units.device) < kept
+        return units.scatter(1, order, torch.where(ranked, units.gather(1, order), 0))
+
+    rewrite_units(tensors, group["dim"], keep)
+
+
+def _count_kept(units: Tensor, q: float, dq: float, generator: Generator | None) -> float | Tensor:
+    """How many elements of each of ``units``, of shape (N, n), are kept; where it is drawn, of shape (N, 1)."""
+    share: float | Tensor = q
+    if isinstance(dq, Tensor) or dq > 0:
+        device = units.device if generator is None else generator.device
+        uniform = torch.rand((len(units), 1), device=device, generator=generator).to(units.device)
+        share = torch.clamp(q + dq * (2 * uniform - 1), 0, 1)
+    kept = (1 - share) * units.shape[1]
+    return kept.round() if isinstance(kept, Tensor) else round(kept)
