@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradchain.adapters._construction import describe
+from gradchain.adapters._plan import map_state, own
 from gradchain.transform import Group, Stage, State, show
 
 ByParam: TypeAlias = dict[Tensor, State]
@@ -34,11 +35,6 @@ class Member(NamedTuple):
         assert self.param.grad is not None
         return self.param.grad
 
-    def grad_context(self) -> Group:
-        """The gradient as context for a transform; none where it is missing or sparse."""
-        grad = self.param.grad
-        return {} if grad is None or grad.layout is not torch.strided else {"grad": grad.detach()}
-
     def identity(self, slot: str) -> Group:
         """What tells a transform where it acts, and on which parameter."""
         names = self.group.get("param_names")
@@ -48,6 +44,40 @@ class Member(NamedTuple):
     def place(self) -> str:
         """The words that say where the parameter is."""
         return describe(self.position[0], self.group, self.position[1])
+
+
+class Roster:
+    """The parameters of an optimizer, as long as they are the same."""
+
+    def __init__(self, param_groups: Sequence[Group]) -> None:
+        self.groups = list(param_groups)
+        self._lists = [(group, list(group["params"])) for group in param_groups]
+        located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
+        self.members = [Member(p, group, position, number) for number, (p, group, position) in enumerate(located)]
+        self.params = [member.param for member in self.members]
+
+    def is_of(self, param_groups: Sequence[Group]) -> bool:
+        """Whether these are the parameters in ``param_groups``."""
+        return len(param_groups) == len(self._lists) and all(
+            group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, (known, params) in zip(param_groups, self._lists, strict=True)
+        )
+
+
+class Gradients:
+    """The gradients of the parameters, as they are at one moment of a step."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.of = [param.grad for param in params]
+        # Written so that where all have a gradient, and none is unusual, each is looked at once.
+        try:
+            self.are_contiguous = all(map(Tensor.is_contiguous, cast("list[Tensor]", self.of)))
+            self.form: Any = self.are_contiguous or [grad.layout for grad in self.of if grad is not None]
+        except TypeError:
+            known = [grad for grad in self.of if grad is not None]
+            self.are_contiguous = all(map(Tensor.is_contiguous, known))  # which sparse ones never are
+            self.form = self.are_contiguous, [grad if grad is None else grad.layout for grad in self.of]
+        """Which parameters have a gradient, and in which layouts; True for contiguous ones of all."""
 
 
 class TransformStates:
@@ -62,18 +92,7 @@ class TransformStates:
             for member in members:
                 states = self.by_param.setdefault(member.param, {})
                 if slot not in states:
-                    states[slot] = own(first_state(slot, stage, member), member.param)
-
-    def get(self, slot: str, members: Iterable[Member]) -> list[State]:
-        """The states of a slot, in the order of ``members``; empty for a slot without any."""
-        return [self.by_param.get(member.param, {}).get(slot, {}) for member in members]
-
-    def commit(self, new_states: Mapping[str, ByParam]) -> None:
-        """Take over new states, by slot."""
-        for slot, by_param in new_states.items():
-            for param, state in by_param.items():
-                if state:
-                    self.by_param[param][slot] = state
+                    states[slot] = own(first_state(slot, stage, member), member.param.detach())
 
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
@@ -85,9 +104,9 @@ class TransformStates:
             if param in self.by_param:
                 inner_opt.state[param][KEY] = self.by_param[param]
 
-    def keep_those_in(self, inner_state: Mapping[Tensor, Any]) -> None:
-        """Drop the states of parameters that are not shown in ``inner_state``, such as one that was reset."""
-        self.by_param = {p: s for p, s in self.by_param.items() if KEY in inner_state.get(p, {})}
+    def keeping_those_in(self, inner_state: Mapping[Tensor, Any]) -> TransformStates:
+        """Without those of parameters that are not shown in ``inner_state``, such as one that was reset."""
+        return TransformStates({p: s for p, s in self.by_param.items() if KEY in inner_state.get(p, {})})
 
     def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
         """Put the states into a state dict of the inner optimizer."""
@@ -116,18 +135,10 @@ class TransformStates:
             raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
         return [(param, states[0]["average"]) for param, states in found if states]
 
-    def raise_if_skipped(self, new_states: ByParam) -> None:
-        """Raise ``SkippedStep`` if a transform of ``pre`` says that this step must not be made."""
-        flags = [found for state in new_states.values() for found in _find(state, "skip_step")]
-        # Gathered on one device, so that the host waits once, and not for each parameter.
-        if flags and bool(torch.stack([f["skip_step"].to(flags[0]["skip_step"].device) for f in flags]).any()):
-            kept = {param: _counted(self.by_param[param]["pre"], state) for param, state in new_states.items()}
-            raise SkippedStep(kept, flags)
-
-    @staticmethod
-    def can_skip(states: Iterable[State]) -> bool:
-        """Whether there is a transform that can skip a step."""
-        return any(_find(state, "skip_step") for state in states)
+    def of(self, slot: str, member: Member) -> State:
+        """The state of a slot; empty for one without any."""
+        state: State = self.by_param.get(member.param, {}).get(slot, {})
+        return state
 
     def require_form(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
         """Raise where a state has not the form that ``stage`` gives it."""
@@ -151,25 +162,6 @@ def first_state(slot: str, stage: Stage, member: Member) -> State:
     return stage.init(param, {**member.group, **member.identity(slot), "param": param})
 
 
-class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step
-    """Raised through the inner step when a transform says that the step must not be made."""
-
-    def __init__(self, states: ByParam, flags: Sequence[State]) -> None:
-        self.states = states
-        self.flags = flags
-        self.loss: Any = None
-        self.inner_state: Any = None
-
-    def raise_if_too_many(self) -> None:
-        """Raise a ``RuntimeError`` if more steps in a row were skipped than the transform allows."""
-        steps = [int(flag["in_a_row"]) for flag in self.flags if bool(flag["too_many"])]
-        if steps:
-            raise RuntimeError(
-                f"pre: {max(steps)} steps in a row were skipped, more than allowed; look at the gradients, lower the "
-                "learning rate, or raise the limit of the transform that skips"
-            )
-
-
 def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> list[tuple[Any, Tensor]]:
     """The key of each parameter in ``state_dict``, which lists them in the same order."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -183,36 +175,11 @@ def _find(state: State, key: str) -> list[State]:
     return [found for value in state.values() if isinstance(value, dict) for found in _find(value, key)]
 
 
-def _counted(old: State, new: State) -> State:
-    """``old``, but what counts skipped steps from ``new``."""
-    if "skip_step" in new:
-        return new
-    return {key: _counted(old[key], new[key]) if isinstance(new[key], dict) else old[key] for key in old}
-
-
-def own(state: State, param: Tensor) -> State:
-    """``state``, without sharing memory with the parameter or its gradient, which are written to in place."""
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in (param, param.grad) if _has_storage(tensor)}
-    owned: State = _map(
-        state, lambda v: v.clone() if _has_storage(v) and v.untyped_storage().data_ptr() in inputs else v
-    )
-    return owned
-
-
-def _has_storage(tensor: Tensor | None) -> TypeGuard[Tensor]:
-    return tensor is not None and tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
-
-
 def _form(state: State) -> Any:
-    return _map(state, lambda value: (tuple(value.shape), value.dtype))
-
-
-def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(state, dict):
-        return {key: _map(value, function) for key, value in state.items()}
-    return function(state)
+    # A state that is one for all parameters has the dtype of the first.
+    return map_state(state, lambda value: (tuple(value.shape), value.is_floating_point()))
 
 
 def _copy_to(state: Any, device: torch.device) -> Any:
     """A copy of ``state`` on ``device``, each tensor with its dtype."""
-    return _map(state, lambda value: value.to(device, copy=True))
+    return map_state(state, lambda value: value.to(device, copy=True))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.autograd import profiler
+from torch.optim import SGD, Optimizer, optimizer
 
 from gradchain.adapters._construction import Params, check_group, make_inner
-from gradchain.adapters._states import KEY, ByParam, Member, SkippedStep, TransformStates, own
-from gradchain.broadcast import broadcast, to_batch
+from gradchain.adapters._engine import SLOTS, Engine, Step, rescales
+from gradchain.adapters._plan import SkippedStep
+from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.broadcast import to_batch
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Stage, Transform, is_same, locate, merge_hyperparameters, require_transform
-
-SLOTS = ("pre", "update", "post")
+from gradchain.transform import Group, Transform, is_same, merge_hyperparameters, require_transform
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -89,9 +89,8 @@ class ParamTransformingOptimizer(Optimizer):
     update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
-    _states: TransformStates
-    _stages: dict[str, tuple[Chain, Stage]]
-    _vetted: bool
+    _engine: Engine
+    _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -148,13 +147,19 @@ class ParamTransformingOptimizer(Optimizer):
             "inner_opt": inner_opt,
             "_own_defaults": own_defaults,
             "_states": TransformStates(),
-            "_stages": {},
-            "_vetted": False,
             **chains,
         }
         # Not Optimizer.__init__: it would make groups, state and defaults of its own, apart from the inner optimizer's.
         # Its __setstate__ sets up all else: hooks, and the patched step.
         ParamTransformingOptimizer.__setstate__(self, attributes)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hooks = {slot: f"_{slot}_step_transform_" for slot in ("pre", "post")}
+        base = ParamTransformingOptimizer
+        cls._hooked_slots = frozenset(
+            slot for slot, hook in hooks.items() if getattr(cls, hook) is not getattr(base, hook)
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -173,7 +178,7 @@ class ParamTransformingOptimizer(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.inner_opt.state = value
-        self._states.keep_those_in(value)
+        self._engine.reset(self._engine.states.keeping_those_in(value))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -184,7 +189,6 @@ class ParamTransformingOptimizer(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.inner_opt.defaults = value
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; see the class.
 
@@ -194,69 +198,51 @@ class ParamTransformingOptimizer(Optimizer):
         Returns:
             What the inner optimizer returns: the loss of the closure, or None.
         """
+        if self._is_observed():
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._step(closure)
+
+    # Else torch would wrap ``step`` in what serves hooks and the profiler, which takes as long as many a small step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        everywhere = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
+        return any(hooks) or any(everywhere) or profiler._is_profiler_enabled
+
+    @Optimizer.profile_hook_step
+    def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._complete_groups()
-        if not any(self._acts(slot) for slot in SLOTS):
+        if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, self.param_groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
-        members = self._members()
-        if closure is None and self._is_rehearsal(members):
+        if torch.compiler.is_compiling() and closure is None:
+            # The inner step ends a graph, which nothing can do in a try statement.
+            step = Step(self._engine)
+            step.transform_grads()
             loss = self.inner_opt.step()
-            for slot in SLOTS:
-                self._states.start(slot, self._stage(slot), members)
-            self._states.show_in(self.inner_opt)
+            step.finish()
             return loss
-        new_states: dict[str, ByParam] = {}
-        with _restored_on_error([m.param for m in members] if self._moves_params(closure) else []) as before:
-            for slot in ("update", "post"):
-                stage = self._stage(slot)
-                self._states.start(slot, stage, members)  # at the parameters before the first step
-                if stage.stateful and self._states.can_skip(self._states.get(slot, members)):
-                    raise ValueError(
-                        f"{slot}: {getattr(self, slot)} has a transform that skips steps; it belongs in pre"
-                    )
-            try:
-                if closure is None:
-                    new_states["pre"] = self._transform_grads(members)
-                    loss = self.inner_opt.step()
-                else:
-                    loss = self.inner_opt.step(self._transforming(closure, members, new_states))
-            except SkippedStep as skipped:
-                for member, value in zip(members, before, strict=False):
-                    member.param.copy_(value)
-                if skipped.inner_state is not None:
-                    self.inner_opt.state = skipped.inner_state
-                self._states.commit({"pre": skipped.states})
-                skipped.raise_if_too_many()
-                return skipped.loss
-            if self.update:
-                new_states["update"] = self._transform_updates(members, before)
-            new_states["post"] = self._transform_params(members)
-        self._states.commit(new_states)
-        self._states.show_in(self.inner_opt)
-        self._vetted = True
+        if closure is None and self._is_rehearsal():
+            loss = self.inner_opt.step()
+            self._engine.start()
+            return loss
+        step = Step(self._engine, with_closure=closure is not None)
+        try:
+            if closure is None:
+                step.transform_grads()
+                loss = self.inner_opt.step()
+            else:
+                loss = self.inner_opt.step(step.transforming(closure))
+            step.finish()
+        except SkippedStep as skipped:
+            return step.skip(skipped)
+        except BaseException:
+            step.undo()
+            raise
         return loss
-
-    def _transforming(
-        self, closure: Callable[[], Any], members: Sequence[Member], new_states: dict[str, ByParam]
-    ) -> Callable[[], Any]:
-        inner_state = None
-
-        @functools.wraps(closure)
-        def evaluate() -> Any:
-            nonlocal inner_state
-            with torch.enable_grad():
-                loss = closure()
-            try:
-                # Each evaluation starts from the states before the step, so that they advance once a step.
-                with torch.no_grad():
-                    new_states["pre"] = self._transform_grads(members)
-            except SkippedStep as skipped:
-                skipped.loss, skipped.inner_state = loss, inner_state
-                raise
-            if inner_state is None and self._states.can_skip(new_states["pre"].values()):
-                inner_state = self._states.copy_beside(self.inner_opt.state)  # a later evaluation may be the bad one
-            return loss
-
-        return evaluate
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
@@ -274,140 +260,52 @@ class ParamTransformingOptimizer(Optimizer):
             optim_group: The param group of the parameter.
         """
 
-    @torch.no_grad()
     def _apply_pre_step_transform_(self) -> None:
         """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
+        self._complete_groups()
+        step = Step(self._engine)
         try:
-            self._states.commit({"pre": self._transform_grads(self._members())})
-        except SkippedStep as skipped:  # the gradients are as they were
-            self._states.commit({"pre": skipped.states})
-            skipped.raise_if_too_many()
+            step.transform_grads()
+        except SkippedStep as skipped:
+            skipped.count()
+        else:
+            step.commit()
 
-    @torch.no_grad()
     def _apply_post_step_transform_(self) -> None:
         """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
-        self._states.commit({"post": self._transform_params(self._members())})
+        self._complete_groups()
+        step = Step(self._engine)
+        step.transform_params()
+        step.commit()
 
-    def _transform_grads(self, members: Sequence[Member]) -> ByParam:
-        moved = [member for member in members if member.param.grad is not None]
-        if not moved or not self._acts("pre"):
-            return {}
-        self._for_each(moved, "pre", _make_grad_writable)
-        grads = [member.grad for member in moved]
-        runs_hook = self._overrides("_pre_step_transform_")
-        new_states: ByParam = {}
+    def _run_hook(self, slot: str, member: Member) -> None:
+        """Call the hook of a slot on a parameter in batch form, and carry over what it writes."""
+        hook = self._pre_step_transform_ if slot == "pre" else self._post_step_transform_
+        param, param_ndim = member.param, member.group["param_ndim"]
+        batch = to_batch(param.detach(), param_ndim)
+        originals = [(param, batch)]
+        if param.grad is not None:
+            batch_grad = batch.grad = to_batch(param.grad.detach(), param_ndim)
+            originals.append((param.grad, batch_grad))
+        before = batch.grad
+        hook(batch, optim_group=member.group)
+        if batch.grad is not before:
+            raise ValueError(
+                f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
+            )
+        for original, batched in originals:
+            if batched.data_ptr() != original.data_ptr():  # no view could be made
+                original.copy_(batched.reshape(original.shape))
 
-        def finish(member: Member) -> None:
-            if runs_hook:
-                _run_hook(self._pre_step_transform_, member.param, member.group)
-            if not _is_number(member.group["grad_scale"], 1.0):
-                member.grad.mul_(member.group["grad_scale"])
-            if not _is_number(member.group["grad_bias"], 0.0):
-                member.grad.add_(member.group["grad_bias"])
-
-        # Results are written when all are there. Only hooks, and transforms that break the rules, write before: such a
-        # transform does it in the first step.
-        with _restored_on_error(grads if runs_hook or not self._vetted else []):
-            if self.pre:
-                inputs = {member.param: grad.detach() for member, grad in zip(moved, grads, strict=True)}
-                results, new_states = self._run("pre", members, inputs, lambda m: {"param": m.param.detach()})
-                if self._stage("pre").stateful:
-                    self._states.raise_if_skipped(new_states)
-                for member in moved:
-                    member.grad.copy_(results[member.param])
-            self._for_each(moved, "pre", finish)
-        return new_states
-
-    def _transform_updates(self, members: Sequence[Member], before: Sequence[Tensor]) -> ByParam:
-        starts = {m.param: start for m, start in zip(members, before, strict=True) if m.param.grad is not None}
-        updates = {param: param - start for param, start in starts.items()}
-        none = torch.empty(0)
-        results, new_states = self._run(
-            "update", members, updates, lambda m: {"param": starts.get(m.param, none), **m.grad_context()}
-        )
-        for param, update in updates.items():
-            if results[param] is not update:  # else before + (after - before) would be after, but for rounding
-                param.copy_(starts[param] + results[param])
-        return new_states
-
-    def _transform_params(self, members: Sequence[Member]) -> ByParam:
-        new_states: ByParam = {}
-        if self.post:
-            inputs = {member.param: member.param.detach() for member in members}
-            results, new_states = self._run("post", members, inputs, Member.grad_context)
-            for param, result in results.items():
-                param.copy_(result)
-        if self._overrides("_post_step_transform_"):
-            self._for_each(members, "post", lambda m: _run_hook(self._post_step_transform_, m.param, m.group))
-        return new_states
-
-    def _run(
-        self,
-        slot: str,
-        members: Sequence[Member],
-        inputs: Mapping[Tensor, Tensor],
-        context: Callable[[Member], Group],
-    ) -> tuple[dict[Tensor, Tensor], ByParam]:
-        """Run the chain of a slot, and return the results and the new states, by parameter."""
-        stage = self._stage(slot)
-        # Where a state is one for all, it advances for all. What takes no part is a tensor without elements.
-        members = [member for member in members if member.param in inputs or stage.shares_state]
-        params = [member.param for member in members]
-        tensors = [inputs[p] if p in inputs else p.new_empty((0,) * max(p.ndim, 1)) for p in params]
-        groups = [{**member.group, **member.identity(slot), **context(member)} for member in members]
-        self._states.start(slot, stage, members)
-        try:
-            results, new_states = stage.run(tensors, groups, self._states.get(slot, members))
-        except Exception as error:
-            failed = getattr(error, "failed_group", None)
-            places = [member.place() for member, group in zip(members, groups, strict=True) if group is failed]
-            locate(error, ", ".join([slot, *places]))
-            raise
-        by_param = {param: result for param, result in zip(params, results, strict=True) if param in inputs}
-        return by_param, {param: own(state, param) for param, state in zip(params, new_states, strict=True)}
-
-    def _for_each(self, members: Sequence[Member], slot: str, act: Callable[[Member], None]) -> None:
-        for member in members:
-            try:
-                act(member)
-            except Exception as error:
-                locate(error, f"{slot}, {member.place()}")
-                raise
-
-    def _stage(self, slot: str) -> Stage:
-        members = self._chains()[slot]
-        if self._stages.get(slot, (None,))[0] is not members:
-            self._stages[slot] = members, broadcast(members)
-        return self._stages[slot][1]
-
-    def _members(self) -> list[Member]:
-        groups = enumerate(self.param_groups)
-        located = [(param, group, (g, i)) for g, group in groups for i, param in enumerate(group["params"])]
-        return [Member(param, group, position, number) for number, (param, group, position) in enumerate(located)]
-
-    def _acts(self, slot: str) -> bool:
-        """Whether there is anything to do in a slot."""
-        if getattr(self, slot) or self._overrides(f"_{slot}_step_transform_"):
-            return True
-        return slot == "pre" and not all(
-            _is_number(group["grad_scale"], 1.0) and _is_number(group["grad_bias"], 0.0) for group in self.param_groups
-        )
-
-    def _overrides(self, hook: str) -> bool:
-        return getattr(type(self), hook, None) is not getattr(ParamTransformingOptimizer, hook, None)
-
-    def _moves_params(self, closure: Callable[[], Any] | None) -> bool:
-        """Whether parameters can have moved when a transform or a hook raises."""
-        early = closure is not None or self._overrides("_pre_step_transform_")
-        return (early and self._acts("pre")) or any(self._acts(slot) for slot in ("update", "post"))
-
-    def _is_rehearsal(self, members: Sequence[Member]) -> bool:
+    def _is_rehearsal(self) -> bool:
         """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
-        lrs = [group.get("lr") for group in self.param_groups]
-        on_host = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
-        if not all(_is_number(lr, 0.0) for lr in on_host):
+        if torch.compiler.is_compiling():
             return False
-        grads = [member.grad for member in members if member.param.grad is not None]
+        for group in self.param_groups:
+            lr = group.get("lr")
+            if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0.0:
+                return False
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         return bool(grads) and not any(grad.any() for grad in grads)
 
     @contextmanager
@@ -428,7 +326,7 @@ class ParamTransformingOptimizer(Optimizer):
             >>> x.item()
             0.0
         """
-        averages = self._states.averages()
+        averages = self._engine.states.averages()
         current = [param.detach().clone() for param, _ in averages]
         with torch.no_grad():
             for param, average in averages:
@@ -455,7 +353,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._states.add_to(state_dict, self._members())
+        self._engine.states.add_to(state_dict, self._engine.roster.members)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -466,16 +364,16 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        members = self._members()
+        members = self._engine.roster.members
         states, bare = TransformStates.split(state_dict, members)
         for slot in SLOTS:
-            states.require_form(slot, self._stage(slot), members)
+            states.require_form(slot, self._engine.stage(slot), members)
         for index, (saved, group) in enumerate(zip(bare["param_groups"], self.param_groups, strict=False)):
             check_group(index, {**self._own_defaults, **saved, "params": group["params"]}, self._chains())
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._states = states
-        self._states.show_in(self.inner_opt, [param for param, state in self.inner_opt.state.items() if state])
+        self._engine.reset(states)
+        states.show_in(self.inner_opt, [param for param, state in self.inner_opt.state.items() if state])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -489,10 +387,12 @@ class ParamTransformingOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Like torch, without hooks; "step" is in the instance only where a scheduler has patched it.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("step", "_engine") and k[:11] != "_optimizer_"}
+        return {**kept, "_states": self._engine.states}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({key: value for key, value in state.items() if key != "_states"})
+        self._engine = Engine(self, state["_states"])
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
 
@@ -500,47 +400,3 @@ class ParamTransformingOptimizer(Optimizer):
         slots = "".join(f"  {slot}={members},\n" for slot, members in self._chains().items())
         inner = repr(self.inner_opt).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n{slots}  inner_opt={inner}\n)"
-
-
-def _make_grad_writable(member: Member) -> None:
-    grad = member.grad
-    if grad.layout is not torch.strided:
-        raise TypeError(f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()")
-    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-        member.param.grad = grad.contiguous()  # an expanded gradient: its elements share memory
-
-
-def _run_hook(hook: Callable[..., None], param: Tensor, group: Group) -> None:
-    """Call ``hook`` on ``param`` and its gradient in batch form, and carry over what it writes."""
-    batch = to_batch(param.detach(), group["param_ndim"])
-    originals = [(param, batch)]
-    if param.grad is not None:
-        batch_grad = batch.grad = to_batch(param.grad.detach(), group["param_ndim"])
-        originals.append((param.grad, batch_grad))
-    before = batch.grad
-    hook(batch, optim_group=group)
-    if batch.grad is not before:
-        raise ValueError(
-            f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
-        )
-    for original, batched in originals:
-        if batched.data_ptr() != original.data_ptr():  # no view could be made
-            original.copy_(batched.reshape(original.shape))
-
-
-@contextmanager
-def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give ``tensors`` back their values if the body raises; yields the copies."""
-    saved = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield saved
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-        raise
-
-
-def _is_number(value: Any, number: float) -> bool:
-    """Whether ``value`` is ``number``. Tensors are not read: that would synchronise the device."""
-    return not isinstance(value, Tensor) and bool(value == number)

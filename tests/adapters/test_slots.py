@@ -84,7 +84,7 @@ def test_update_sees_and_changes_the_displacement(InnerOpt: Any) -> None:
     seen: list[Group] = []
 
     def spy(tensor: Tensor, group: Group) -> Tensor:
-        seen.append({"update": tensor, "param": group["param"].clone(), "grad": group["grad"].clone()})
+        seen.append({"update": tensor.clone(), "param": group["param"].clone(), "grad": group["grad"].clone()})
         return 0.5 * tensor
 
     optim = ParamTransformingOptimizer(params, InnerOpt, update=spy, param_ndim=None)
@@ -136,12 +136,12 @@ def test_failed_update_restores_parameters_and_states() -> None:
         param_ndim=None,
     )
     train(optim, params, range(2))
-    before, states = [p.detach().clone() for p in params], copy.deepcopy(list(optim._states.by_param.values()))
+    before, states = [p.detach().clone() for p in params], copy.deepcopy(list(optim._engine.states.by_param.values()))
     fails = True
     with pytest.raises(ArithmeticError, match=r"update, group 0, parameter 0 'p0' of shape \(3, 2\), .*: stage 1,"):
         train(optim, params, range(2, 3))
     assert_equal([p.detach() for p in params], before)
-    assert_equal(list(optim._states.by_param.values()), states)
+    assert_equal(list(optim._engine.states.by_param.values()), states)
 
 
 # States
@@ -191,9 +191,11 @@ def test_states_live_beside_those_of_the_inner_optimizer(InnerOpt: Any) -> None:
         kept = optim.state.get(ours, {})
         assert kept.keys() - {"transforms"} == inner.state.get(theirs, {}).keys()
         assert ("transforms" in kept) == (ours.grad is not None)
-    counts = [states["post"]["0"]["count"].item() for states in optim._states.by_param.values()]
+    counts = [states["post"]["0"]["count"].item() for states in optim._engine.states.by_param.values()]
     assert counts == [3, 3, 3]
-    assert [states["pre"]["1"]["count"].item() for states in optim._states.by_param.values() if "pre" in states] == [
+    assert [
+        states["pre"]["1"]["count"].item() for states in optim._engine.states.by_param.values() if "pre" in states
+    ] == [
         3,
         3,
     ]
@@ -222,7 +224,9 @@ def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, stop: int) -> N
     assert_equal(fresh, whole)
     assert_equal(fresh_optim.state_dict(), whole_optim.state_dict())
     dtypes = {
-        state["1"]["mean"].dtype for states in fresh_optim._states.by_param.values() if (state := states.get("pre"))
+        state["1"]["mean"].dtype
+        for states in fresh_optim._engine.states.by_param.values()
+        if (state := states.get("pre"))
     }
     assert dtypes == {torch.float32}
 
@@ -315,7 +319,7 @@ def test_step_without_lr_and_gradients_moves_nothing(InnerOpt: Any) -> None:
         param.grad = torch.zeros_like(param)
     optim.step()
     assert_equal([param.detach() for param in params], before)
-    assert {states["pre"]["1"]["count"].item() for states in optim._states.by_param.values()} == {0}
+    assert {states["pre"]["1"]["count"].item() for states in optim._engine.states.by_param.values()} == {0}
 
 
 def test_distributed_checkpoint() -> None:

@@ -52,7 +52,7 @@ def test_skipped_steps_in_a_row_are_those_of_the_optimizer() -> None:
     step(optim, NAN, 1.0)
     with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
         step(optim, None, NAN)
-    totals = [states["pre"]["0"]["total"].item() for states in optim._states.by_param.values()]
+    totals = [states["pre"]["0"]["total"].item() for states in optim._engine.states.by_param.values()]
     assert totals == [3, 3]
 
 

@@ -1,0 +1,321 @@
+"""What the adapters share: the chains of three slots, run around the steps of an optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from operator import is_
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
+from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
+from gradchain.broadcast import broadcast
+from gradchain.chain import Chain
+from gradchain.transform import Group, Stage, locate
+
+SLOTS = ("pre", "update", "post")
+
+
+class Owner(Protocol):
+    """What the chains belong to."""
+
+    inner_opt: Optimizer
+    pre: Chain
+    update: Chain
+    post: Chain
+
+    @property
+    def param_groups(self) -> list[Group]: ...
+
+    @property
+    def _hooked_slots(self) -> Collection[str]:
+        """The slots for which ``_run_hook`` does anything."""
+        ...
+
+    def _run_hook(self, slot: str, member: Member) -> None:
+        """Do, for one parameter, what follows the chain of ``pre`` or ``post``."""
+        ...
+
+
+class Engine:
+    """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
+
+    def __init__(self, owner: Owner, states: TransformStates) -> None:
+        self.owner = owner
+        self.states = states
+        self._stages: dict[str, tuple[Chain, Stage]] = {}
+        self._plans: Plans | None = None
+        self._roster: Roster | None = None
+
+    def reset(self, states: TransformStates) -> None:
+        """Go on with other states."""
+        self.states = states
+        self._plans = None
+
+    @property
+    def roster(self) -> Roster:
+        """The parameters."""
+        known = self._roster
+        if known is None or not known.is_of(self.owner.param_groups):
+            known = Roster(self.owner.param_groups)
+            self._roster = None if torch.compiler.is_compiling() else known
+        return known
+
+    def stage(self, slot: str) -> Stage:
+        """The chain of a slot, broadcast."""
+        members: Chain = getattr(self.owner, slot)
+        known = self._stages.get(slot)
+        if known is None or known[0] is not members:
+            known = members, broadcast(members)
+            if not torch.compiler.is_compiling():
+                self._stages[slot] = known
+        return known[1]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Make the first states of all parameters."""
+        for slot in SLOTS:
+            self.states.start(slot, self.stage(slot), self.roster.members)
+        self.states.show_in(self.owner.inner_opt)
+
+    def plans(self, roster: Roster, grads: Gradients) -> Plans:
+        """What there is to do, made anew when parameters, or those with gradients, are others."""
+        owner, known = self.owner, self._plans
+        chains = owner.pre, owner.update, owner.post
+        if known is None or not (
+            all(map(is_, known.chains, chains))
+            and known.roster is roster
+            and known.grads_form == grads.form
+            and known.seen == known.look()
+        ):
+            known = Plans(chains, roster, grads.form)
+            for slot, members in zip(SLOTS, chains, strict=True):
+                if members:
+                    try:
+                        known.of[slot] = self._make_plan(slot, roster, grads)
+                    except Exception as error:
+                        _fail(error, slot, roster)
+            known.finish()
+            self._plans = None if torch.compiler.is_compiling() else known
+        for slot, plan in known.of.items():
+            try:
+                plan.prepare()
+            except Exception as error:
+                _fail(error, slot, roster)
+        return known
+
+    def _make_plan(self, slot: str, roster: Roster, grads: Gradients) -> Plan:
+        stage = self.stage(slot)
+        takes_part = [slot == "post" or grad is not None for grad in grads.of]
+        # Where a state is one for all parameters, those without a gradient keep up.
+        stateful = [m for m, takes in zip(roster.members, takes_part, strict=True) if takes or stage.shares_state]
+        self.states.start(slot, stage, stateful)
+        context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
+        items = []
+        for member, grad in zip(roster.members, grads.of, strict=True):
+            has_grad = grad is not None and grad.layout is torch.strided
+            items.append(
+                Item(
+                    form=grad if slot == "pre" and grad is not None else member.param.detach(),
+                    group=member.group,
+                    identity=member.identity(slot),
+                    context=tuple(key for key in context if key != "grad" or has_grad),
+                    state=self.states.of(slot, member),
+                    takes_part=slot == "post" or grad is not None,
+                    is_contiguous=grads.are_contiguous and member.param.is_contiguous(),
+                )
+            )
+        plan = Plan(stage, items)
+        if plan.skips and slot != "pre":
+            raise ValueError(f"{getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
+        return plan
+
+
+class Plans:
+    """The plan of each slot that has a chain, and what they depend on."""
+
+    def __init__(self, chains: tuple[Chain, ...], roster: Roster, grads_form: Any) -> None:
+        self.chains = chains
+        self.roster = roster
+        self.grads_form = grads_form
+        self.of: dict[str, Plan] = {}
+
+    def finish(self) -> None:
+        """Sum up, when all are there."""
+        self.is_trusted = all(plan.is_trusted for plan in self.of.values())
+        self.watched = {key for plan in self.of.values() for key in plan.watched}
+        self.seen = self.look()
+
+    def look(self) -> list[Any]:
+        """The values in the groups that say which tensor is to be treated how."""
+        return [group.get(key) for group in self.roster.groups for key in self.watched]
+
+
+class Step:
+    """One step: its plans, what it has to undo if it fails, and the states to keep if it does not."""
+
+    def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
+        self.engine = engine
+        self.owner = engine.owner
+        self.roster = engine.roster
+        self.works: list[Work] = []
+        self.plans: dict[str, Plan] | None = None
+        self.inner_state: Any = None
+        self.is_trusted = not with_closure and self.look().is_trusted and not self.owner._hooked_slots
+        self.before: list[Tensor] = []
+        if self.owner.update or (not self.is_trusted and self._can_fail_late(with_closure)):
+            self.before = [param.detach().clone() for param in self.roster.params]
+
+    def look(self) -> Plans:
+        """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
+        with torch.no_grad():
+            self.grads = Gradients(self.roster.params)
+            if not self.grads.are_contiguous and (self.owner.pre or "pre" in self.owner._hooked_slots):
+                for member in self.roster.members:
+                    if member.param.grad is not None:
+                        _make_grad_writable(member)
+                self.grads = Gradients(self.roster.params)
+            plans = self.engine.plans(self.roster, self.grads)
+            self.plans = plans.of
+            return plans
+
+    def transform_grads(self) -> None:
+        """Do all that precedes the inner step."""
+        with torch.no_grad():
+            assert self.plans is not None
+            plan = self.plans.get("pre")
+            # What is wrong with a function mostly shows in the first step.
+            is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.is_trusted or plan.has_run)
+            saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads.of if grad is not None]
+            try:
+                self._run("pre", self.grads.of, {"param": self.roster.params})
+                self._run_hooks("pre")
+            except BaseException:
+                for grad, value in saved:
+                    grad.copy_(value)
+                raise
+            for group in self.owner.param_groups:
+                if rescales(group):
+                    _rescale_grads(group)
+
+    def transforming(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, with gradients transformed after every evaluation."""
+
+        @functools.wraps(closure)
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self.works.clear()  # each evaluation starts from the states before the step, which advance once a step
+            self.look()
+            try:
+                self.transform_grads()
+            except SkippedStep as skipped:
+                skipped.loss = loss
+                raise
+            plan = None if self.plans is None else self.plans.get("pre")
+            if self.inner_state is None and plan is not None and plan.skips:
+                # A later evaluation may be the bad one.
+                self.inner_state = self.engine.states.copy_beside(self.owner.inner_opt.state)
+            return loss
+
+        return evaluate
+
+    def finish(self) -> None:
+        """Do all that comes after the inner step, and keep the new states."""
+        with torch.no_grad():
+            if self.plans is None:  # the closure was not called
+                self.plans = self.look().of
+            params, update = self.roster.params, self.plans.get("update")
+            if update is not None:
+                # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
+                for i in update.touched:
+                    params[i].sub_(self.before[i])
+                self._run("update", params, {"param": self.before, "grad": self.grads.of})
+                for i in update.touched:
+                    params[i].add_(self.before[i])
+            self.transform_params()
+            self.commit()
+
+    def transform_params(self) -> None:
+        """Do what ``post`` does."""
+        with torch.no_grad():
+            self._run("post", self.roster.params, {"grad": self.grads.of})
+            self._run_hooks("post")
+
+    def commit(self) -> None:
+        """Keep the new states."""
+        for work in self.works:
+            work.commit()
+        self.engine.states.show_in(self.owner.inner_opt)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the parameters back the values that they had, where they can have moved."""
+        for param, value in zip(self.roster.params, self.before, strict=False):
+            param.copy_(value)
+
+    def skip(self, skipped: SkippedStep) -> Any:
+        """Undo all but the counters."""
+        self.undo()
+        if self.inner_state is not None:
+            self.owner.inner_opt.state = self.inner_state
+        skipped.count()
+        return skipped.loss
+
+    def _run(self, slot: str, tensors: list[Any], context: dict[str, list[Any]]) -> None:
+        plan = self.plans.get(slot) if self.plans else None
+        if plan is None:
+            return
+        self.works.append(Work(tensors, context, keeps_states=not self.is_trusted))
+        try:
+            plan.run(self.works[-1])
+        except Exception as error:
+            _fail(error, slot, self.roster)
+
+    def _run_hooks(self, slot: str) -> None:
+        for member in self.roster.members if slot in self.owner._hooked_slots else ():
+            if slot == "post" or member.param.grad is not None:
+                try:
+                    self.owner._run_hook(slot, member)
+                except Exception as error:
+                    locate(error, f"{slot}, {member.place()}")
+                    raise
+
+    def _can_fail_late(self, with_closure: bool) -> bool:
+        """Whether parameters can have moved when a transform or a hook raises."""
+        return bool(self.owner._hooked_slots or self.owner.post or (with_closure and self.owner.pre))
+
+
+def _fail(error: Exception, slot: str, roster: Roster) -> NoReturn:
+    failed = getattr(error, "failed_item", None)
+    if not isinstance(error, SkippedStep):
+        locate(error, slot if failed is None else f"{slot}, {roster.members[failed].place()}")
+    raise error
+
+
+def _make_grad_writable(member: Member) -> None:
+    grad = member.grad
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"pre, {member.place()}: transforms need a dense gradient, got the layout {grad.layout}; "
+            "use grad.to_dense()"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+        member.param.grad = grad.contiguous()  # an expanded gradient: its elements share memory
+
+
+def rescales(group: Group) -> bool:
+    """Whether gradients of the group are scaled or shifted after ``pre``. Tensors count, without being read."""
+    factor, bias = group.get("grad_scale", 1.0), group.get("grad_bias", 0.0)
+    return isinstance(factor, Tensor) or isinstance(bias, Tensor) or factor != 1.0 or bias != 0.0
+
+
+def _rescale_grads(group: Group) -> None:
+    grads = [param.grad for param in group["params"] if param.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, group["grad_scale"])
+        torch._foreach_add_(grads, group["grad_bias"])
