@@ -1,9 +1,11 @@
 """Pure, composable transforms of gradients, updates and parameters around any ``torch.optim`` step."""
 
+from gradchain.adapters.functional import apply, init_state
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.adapters.scheduler import as_lr
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
+from gradchain.explain import Explanation, explain
 from gradchain.masked import freeze, masked, partition
 from gradchain.transform import Group, State, Transform, transform
 from gradchain.transforms.average import lookahead, param_ema
@@ -41,6 +43,7 @@ from gradchain.transforms.update import (
 )
 
 __all__ = [
+    "Explanation",
     "Group",
     "ParamTransformingOptimizer",
     "State",
@@ -49,6 +52,7 @@ __all__ = [
     "add",
     "add_noise",
     "amplify_slow",
+    "apply",
     "as_lr",
     "broadcast",
     "cautious",
@@ -65,8 +69,10 @@ __all__ = [
     "decay_weights",
     "dropout",
     "ema",
+    "explain",
     "extrapolate",
     "freeze",
+    "init_state",
     "keep_top_q",
     "lmo_l1",
     "lmo_l2",

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from gradchain._html import show_chain
 from gradchain.transform import Combinator, Group, State, Transform, locate, show
 
 
@@ -90,6 +91,9 @@ class Chain(Combinator, Sequence[Transform]):
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(show, self.members))})"
+
+    def _repr_html_(self) -> str:
+        return show_chain(map(show, self.members))
 
     def __eq__(self, other: object) -> bool:
         return self.members == other.members if isinstance(other, Chain) else NotImplemented

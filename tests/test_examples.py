@@ -49,5 +49,12 @@ def test_whole_step(tmp_path: Path) -> None:
     assert min(accuracies) > 75
 
 
+def test_maml() -> None:
+    said = run("maml.py")
+    plain, adapted = ([float(error) for error in row.split()] for row in re.findall(r"inner step: (.*)", said))
+    assert len(plain) == len(adapted) == 3
+    assert adapted[1] < 0.5 < 2 < min(plain[1], adapted[0])
+
+
 def test_pure_functions() -> None:
     assert 'breaks the law "differentiable"' in run("pure_functions.py")

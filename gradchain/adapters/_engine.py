@@ -56,6 +56,12 @@ class Engine:
         self.states = states
         self._plans = None
 
+    def follow(self) -> TransformStates:
+        """The states, as others have left them in the inner optimizer."""
+        if self.states.by_param and not torch.compiler.is_compiling() and self.states.follow(self.owner.inner_opt):
+            self._plans = None
+        return self.states
+
     @property
     def roster(self) -> Roster:
         """The parameters."""
@@ -161,6 +167,7 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
+        engine.follow()
         self.roster = engine.roster
         self.works: list[Work] = []
         self.plans: dict[str, Plan] | None = None

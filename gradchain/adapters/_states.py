@@ -85,6 +85,7 @@ class TransformStates:
 
     def __init__(self, by_param: ByParam | None = None) -> None:
         self.by_param: ByParam = {} if by_param is None else by_param
+        self._shown: set[Tensor] = set()
 
     def start(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
         """Make the first states of those that have none."""
@@ -103,13 +104,25 @@ class TransformStates:
         for param in known:
             if param in self.by_param:
                 inner_opt.state[param][KEY] = self.by_param[param]
+                self._shown.add(param)
 
-    def keeping_those_in(self, inner_state: Mapping[Tensor, Any]) -> TransformStates:
-        """Without those of parameters that are not shown in ``inner_state``, such as one that was reset."""
-        return TransformStates({p: s for p, s in self.by_param.items() if KEY in inner_state.get(p, {})})
+    def follow(self, inner_opt: Optimizer) -> bool:
+        """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""
+        found = {param: inner_opt.state.get(param, {}).get(KEY) for param in self._shown}
+        changed = {param: state for param, state in found.items() if state is not self.by_param.get(param)}
+        for param, state in changed.items():
+            if state is None:
+                del self.by_param[param]
+                self._shown.remove(param)
+            else:
+                self.by_param[param] = state
+        return bool(changed)
 
     def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
         """Put the states into a state dict of the inner optimizer."""
+        if "param_groups" not in state_dict:  # it has a form of its own
+            state_dict[KEY] = {m.number: self.by_param[m.param] for m in members if m.param in self.by_param}
+            return
         for key, param in _keyed_params(state_dict, members):
             if param in self.by_param:
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), KEY: self.by_param[param]}
@@ -118,6 +131,10 @@ class TransformStates:
     def split(state_dict: dict[str, Any], members: Sequence[Member]) -> tuple[TransformStates, dict[str, Any]]:
         """Take the states out of a state dict, which the inner optimizer would cast to the dtype of the parameter."""
         by_param, bare = {}, {}
+        if "param_groups" not in state_dict:
+            by_param = {m.param: state_dict[KEY][m.number] for m in members if m.number in state_dict.get(KEY, {})}
+            by_param = {param: _copy_to(state, param.device) for param, state in by_param.items()}
+            return TransformStates(by_param), {key: value for key, value in state_dict.items() if key != KEY}
         params = dict(_keyed_params(state_dict, members))
         for key, state in state_dict["state"].items():
             has_own = isinstance(state, dict) and KEY in state

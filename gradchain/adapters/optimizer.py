@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer, optimizer
 
+from gradchain._html import show_optimizer
 from gradchain.adapters._construction import Params, check_group, make_inner
 from gradchain.adapters._engine import SLOTS, Engine, Step, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Transform, is_same, merge_hyperparameters, require_transform
+from gradchain.explain import Explanation, explain_step
+from gradchain.transform import Group, Transform, is_same, merge_hyperparameters, require_transform, show
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -178,7 +180,6 @@ class ParamTransformingOptimizer(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.inner_opt.state = value
-        self._engine.reset(self._engine.states.keeping_those_in(value))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -308,6 +309,28 @@ class ParamTransformingOptimizer(Optimizer):
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         return bool(grads) and not any(grad.any() for grad in grads)
 
+    def explain(self) -> Explanation:
+        """Show what each stage would do in the next step, over all parameters; call it after ``backward()``.
+
+        A copy makes the step, with its own parameters, gradients and states, so nothing is modified, and the inner
+        optimizer must be one that can be copied and steps without a closure. With a ``GradScaler``, call ``unscale_``
+        before. A slot without transforms has no rows.
+
+        Returns:
+            An ``Explanation``; ``explanation["fc.weight"]``, or ``explanation[0]``, is that of one parameter.
+
+        Example:
+            >>> from gradchain import clip_by_norm
+            >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+            >>> optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), param_ndim=None, lr=1.0)
+            >>> x.square().sum().backward()
+            >>> optim.explain()
+            stage                         2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
+            gradient                          10   7.071    6    8     7    0%          0%       1
+              clip_by_norm(max_norm=1.0)       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
+        """
+        return explain_step(self)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the ``with`` block, parameters have their averages, from ``param_ema`` or ``lookahead`` in ``post``.
@@ -326,7 +349,7 @@ class ParamTransformingOptimizer(Optimizer):
             >>> x.item()
             0.0
         """
-        averages = self._engine.states.averages()
+        averages = self._engine.follow().averages()
         current = [param.detach().clone() for param, _ in averages]
         with torch.no_grad():
             for param, average in averages:
@@ -353,7 +376,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.states.add_to(state_dict, self._engine.roster.members)
+        self._engine.follow().add_to(state_dict, self._engine.roster.members)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -368,7 +391,7 @@ class ParamTransformingOptimizer(Optimizer):
         states, bare = TransformStates.split(state_dict, members)
         for slot in SLOTS:
             states.require_form(slot, self._engine.stage(slot), members)
-        for index, (saved, group) in enumerate(zip(bare["param_groups"], self.param_groups, strict=False)):
+        for index, (saved, group) in enumerate(zip(bare.get("param_groups", ()), self.param_groups, strict=False)):
             check_group(index, {**self._own_defaults, **saved, "params": group["params"]}, self._chains())
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
@@ -396,7 +419,18 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
 
+    def __getattr__(self, name: str) -> Any:
+        # Some optimizers have a mode, and frameworks ask for it with hasattr. All else stays hidden: what a GradScaler
+        # finds on a fused optimizer must not be found here.
+        if name in ("train", "eval") and "inner_opt" in self.__dict__:
+            return getattr(self.inner_opt, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         slots = "".join(f"  {slot}={members},\n" for slot, members in self._chains().items())
         inner = repr(self.inner_opt).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n{slots}  inner_opt={inner}\n)"
+
+    def _repr_html_(self) -> str:
+        slots = {slot: map(show, members) for slot, members in self._chains().items()}
+        return show_optimizer(type(self).__name__, slots, self.inner_opt)

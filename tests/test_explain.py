@@ -1,0 +1,404 @@
+"""``explain``: the statistics, how they print and plot, and that nothing moves."""
+
+import copy
+import io
+import math
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    broadcast,
+    cautious,
+    chain,
+    clamp,
+    clip_by_global_norm,
+    clip_by_norm,
+    ema,
+    keep_top_q,
+    masked,
+    normalize,
+    partition,
+    project_halfspace,
+    scale,
+    sign,
+    skip_nonfinite,
+    trace,
+    transform,
+    zero_nonfinite,
+)
+from gradchain._html import element, show_chain, show_optimizer
+from gradchain.explain import HEADER, Row, explain, explain_step
+
+matplotlib.use("Agg")
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def test_statistics_by_hand() -> None:
+    first, second = explain(clamp(-2.0, 2.0), torch.tensor([3.0, -4.0, 0.0, 1.0, NAN, INF, 0.0, 0.0])).rows
+    assert (first.stage, second.stage) == ("input", "clamp(min=-2.0, max=2.0)")
+    assert first.norm == pytest.approx(math.sqrt(26))
+    assert first.rms == pytest.approx(math.sqrt(26 / 6))
+    assert (first.min, first.max, first.mean) == (-4, 3, 0)
+    assert (first.zero, first.nonfinite, first.changed) == (3 / 8, 2 / 8, None)
+    assert first.cosine == pytest.approx(1)
+    # [2, -2, 0, 1, NaN, 2, 0, 0]: the infinite element counts as 0 in the input.
+    assert second.norm == pytest.approx(math.sqrt(13))
+    assert (second.min, second.max, second.mean) == (-2, 2, 3 / 7)
+    assert (second.zero, second.nonfinite, second.changed) == (3 / 8, 1 / 8, 3 / 8)
+    assert second.cosine == pytest.approx(15 / math.sqrt(26 * 13))
+
+
+def test_histogram_counts_finite_elements() -> None:
+    counts, edges = explain(chain(), torch.tensor([0.0, 1.0, 1.0, 10.0, NAN])).rows[0].histogram
+    assert (edges[0], edges[-1]) == (0, 10)
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == 4
+    assert (counts[0], counts[5], counts[-1]) == (1, 2, 1)
+
+
+def test_stages_are_those_of_the_chain() -> None:
+    nested = chain(sign(), chain(scale(2.0), broadcast(normalize(), None)), lambda tensor, group: tensor)
+    names = [row.stage for row in explain(nested, torch.ones(2, 2)).rows]
+    assert names == ["input", "sign()", "scale(factor=2.0)", "broadcast(normalize(), param_ndim=None)", "<lambda>"]
+    assert [row.stage for row in explain(chain(), torch.ones(2)).rows] == ["input"]
+
+
+@pytest.mark.parametrize("t", [sign(), chain(sign()), lambda tensor, group: tensor.sign()])
+def test_one_stage(t: Any) -> None:
+    assert explain(t, torch.tensor([-3.0, 2.0])).rows[1].norm == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(0), torch.empty(2, 0, 3)])
+def test_nothing(tensor: Tensor) -> None:
+    explanation = explain(sign(), tensor)
+    row = explanation.rows[1]
+    assert row.norm == 0
+    assert all(math.isnan(v or 0) for v in (row.min, row.max, row.mean, row.rms, row.zero, row.nonfinite, row.cosine))
+    assert repr(explanation).splitlines()[2].split() == ["sign()", "0", *["-"] * 8]
+
+
+def test_nothing_finite() -> None:
+    row = explain(chain(), torch.tensor([NAN, INF])).rows[0]
+    assert (row.norm, row.nonfinite) == (0, 1)
+    assert all(map(math.isnan, (row.min, row.max, row.mean)))
+
+
+def test_nan_is_no_change() -> None:
+    assert explain(clamp(-1, 1), torch.tensor([NAN, 1.0])).rows[1].changed == 0
+    assert explain(zero_nonfinite(), torch.tensor([NAN, 1.0])).rows[1].changed == 0.5
+
+
+def test_no_dimensions() -> None:
+    row = explain(scale(2.0), torch.tensor(-3.0)).rows[1]
+    assert (row.norm, row.min, row.max, row.mean, row.cosine) == (6, -6, -6, -6, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    row = explain(chain(), torch.full((70_000,), 300.0, dtype=dtype)).rows[0]  # the sum of squares is no float16
+    assert row.norm == pytest.approx(300 * math.sqrt(70_000))
+    assert row.mean == 300
+    assert sum(row.histogram[0]) == 70_000
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers(dtype: torch.dtype) -> None:
+    row = explain(chain(), torch.tensor([0, 1, 1, 1], dtype=dtype)).rows[0]
+    assert (row.min, row.max, row.mean, row.zero) == (0, 1, 0.75, 0.25)
+
+
+def test_complex_elements_count_as_two() -> None:
+    x = torch.tensor([3 + 4j, 0 - 2j])
+    assert explain(chain(), x.conj()).rows[0].min == -4
+    as_complex, as_real = explain(scale(2.0), x), explain(scale(2.0), torch.view_as_real(x))
+    assert as_complex == as_real
+
+
+@pytest.mark.parametrize("size", [2**15, 2**15 + 1, 100_000])
+def test_large_tensors(size: int) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    row = explain(clamp(-1.0, 1.0), x).rows[1]
+    expected = x.clamp(-1, 1)
+    assert row.norm == pytest.approx(float(expected.norm()))
+    assert row.mean == pytest.approx(float(expected.mean()))
+    assert row.changed == pytest.approx(float((x.abs() > 1).double().mean()))
+    assert row.cosine == pytest.approx(float(torch.cosine_similarity(x, expected, dim=0)))
+    assert sum(row.histogram[0]) == size
+
+
+def test_strided_tensors() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    assert explain(sign(), x.t().contiguous().t()) == explain(sign(), x)
+    assert explain(sign(), torch.ones(1).expand(4)) == explain(sign(), torch.ones(4))
+
+
+def test_stateful() -> None:
+    x, t = torch.tensor([1.0, -2.0]), chain(sign(), trace(0.5))
+    assert explain(t, x).rows[2].norm == pytest.approx(math.sqrt(2))
+    _, state = t.update(x, {}, t.init(x, {}))
+    before = copy.deepcopy(state)
+    assert explain(t, x, state=state).rows[2].norm == pytest.approx(1.5 * math.sqrt(2))
+    assert_equal(state, before)
+    alone = trace(0.5)
+    _, state = alone.update(x, {}, alone.init(x, {}))
+    assert explain(alone, x, state=state).rows[1].max == 1.5
+
+
+def test_first_state_is_that_of_the_parameter() -> None:
+    def keep(tensor: Tensor, group: Group) -> dict[str, Tensor]:
+        return {"start": tensor.clone()}
+
+    @transform(init=keep)
+    def to_start(tensor: Tensor, group: Group, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return state["start"], state
+
+    assert explain(to_start(), torch.tensor([1.0]), {"param": torch.tensor([7.0])}).rows[1].max == 7
+
+
+def test_measuring() -> None:
+    assert explain(clip_by_global_norm(1.0), torch.tensor([3.0, 4.0])).rows[1].norm == pytest.approx(1)
+
+
+def test_groups() -> None:
+    t = chain(masked(scale(2.0), "*.bias"), partition({"*.bias": clip_by_norm(10.0), "*": sign()}))
+    _, doubled, clipped = explain(t, torch.ones(4), {"name": "fc.bias", "clip_by_norm.max_norm": 1.0}).rows
+    assert (doubled.norm, clipped.norm) == pytest.approx((4, 1))
+    assert explain(t, torch.ones(4), {"name": "fc.weight"}).rows[1].changed == 0
+
+
+def test_errors_say_which_stage() -> None:
+    with pytest.raises(TypeError, match=r"stage 1, clamp\(min=-1, max=1\): .* acts on real tensors"):
+        explain(chain(scale(2.0), clamp(-1, 1)), torch.tensor([1j]))
+
+
+def test_nothing_is_modified() -> None:
+    def overwrite(tensor: Tensor, group: Group) -> Tensor:
+        group["seen"] = True
+        return tensor.mul_(2)
+
+    x, group = torch.tensor([1.0, 2.0], requires_grad=True), {"param": torch.ones(2)}
+    with pytest.raises(ValueError, match="wrote to its input"):
+        explain(overwrite, x, group)
+    assert x.tolist() == [1, 2]
+    assert group.keys() == {"param"}
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_what_is_drawn_is_what_the_next_call_draws(generator: torch.Generator | None) -> None:
+    t, x = keep_top_q(0.5, dq=0.5, generator=generator), torch.linspace(1, 2, 1000)
+    for _ in range(3):
+        explained = [explain(t, x).rows[1].zero for _ in range(2)]
+        assert explained[0] == explained[1] == pytest.approx(float((t(x, {}) == 0).double().mean()))
+
+
+def test_prints_as_a_table() -> None:
+    def halve(tensor: Tensor, group: Group) -> Tensor:
+        return tensor / 2
+
+    explanation = explain(chain(halve, clamp(-0.0, 1e-5)), torch.tensor([-0.5, 0.0, 4.0, NAN]))
+    assert repr(explanation).splitlines() == [
+        "stage                         2-norm        rms    min    max       mean  zero  non-finite  cosine  changed",
+        "input                          4.031      2.327   -0.5      4      1.167   25%         25%       1",
+        "  halve                        2.016      1.164  -0.25      2     0.5833   25%         25%       1      50%",
+        "  clamp(min=-0.0, max=1e-05)   1e-05  5.774e-06      0  1e-05  3.333e-06   50%         25%  0.9923      50%",
+    ]
+
+
+def test_long_stages_print_on_one_line() -> None:
+    text = repr(explain(project_halfspace(torch.ones(6, 6), 1.0), torch.ones(6, 6)))
+    assert len(text.splitlines()) == 3
+    assert "  project_halfspace(a=tensor([[1., 1., 1., 1., 1., …" in text
+
+
+def test_is_a_value() -> None:
+    explanation, other = (explain(chain(sign(), scale(2.0)), torch.tensor([1.0, -2.0])) for _ in range(2))
+    assert pickle.loads(pickle.dumps(explanation)) == explanation == other
+    assert hash(explanation) == hash(other)
+    with pytest.raises(AttributeError):
+        explanation.rows = ()  # type: ignore[misc]
+    with pytest.raises(KeyError, match="no parameter 'fc.weight' here"):
+        explanation["fc.weight"]
+
+
+def texts(html: str) -> list[str]:
+    return [text for text in ElementTree.fromstring(html).itertext() if text.strip()]
+
+
+def test_html() -> None:
+    html = explain(chain(lambda tensor, group: tensor * 0), torch.tensor([1.0, 3.0]))._repr_html_()
+    assert "<lambda>" not in html
+    header, first, second = list(ElementTree.fromstring(html).iter("tr"))
+    assert [cell.text for cell in header] == list(HEADER)
+    assert list(first.itertext()) == ["input", "3.162", "2.236", "1", "3", "2", "0%", "0%", "1"]
+    assert list(second.itertext()) == ["<lambda>", "0", "0", "0", "0", "0", "100%", "0%", "-", "100%"]
+
+
+def test_html_escapes() -> None:
+    html = element("p", "</p>&", element("b", "1 < 2"), title='"><script>')
+    assert ElementTree.fromstring(html).attrib == {"title": '"><script>'}
+    assert texts(html) == ["</p>&", "1 < 2"]
+
+
+def test_html_of_chains_and_optimizers() -> None:
+    stages = ["<lambda>", "clip_by_norm(max_norm=1.0)"]
+    assert texts(show_chain(stages)) == ["chain", *stages]
+    inner = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    html = show_optimizer("Wrapper", {"pre": stages, "update": [], "post": ["sign()"]}, inner)
+    assert texts(html) == ["Wrapper", "pre", *stages, "update", "post", "sign()", "inner_opt", "SGD", repr(inner)]
+
+
+def test_plot_has_axes_for_each_row() -> None:
+    explanation = explain(chain(sign(), lambda tensor, group: tensor * NAN), torch.linspace(-1, 2, 100))
+    figure = explanation.plot()
+    figure.savefig(io.BytesIO())
+    assert [axes.get_title("left") for axes in figure.axes] == ["input", "sign()", "<lambda>"]
+    drawn = [axes.patches[0].get_data().values for axes in figure.axes]  # type: ignore[attr-defined]
+    assert [tuple(values) for values in drawn] == [row.histogram[0] for row in explanation.rows]
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(0), torch.zeros(3), torch.tensor(5.0), torch.tensor([NAN])])
+def test_plot_of_little(tensor: Tensor) -> None:
+    figure = explain(chain(), tensor).plot()
+    figure.savefig(io.BytesIO())
+    assert len(figure.axes) == 1
+
+
+def test_plot_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    explanation = explain(sign(), torch.ones(1))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "gradchain\[examples\]"'):
+        explanation.plot()
+
+
+def make(**slots: Any) -> tuple[nn.Module, ParamTransformingOptimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = ParamTransformingOptimizer(model.named_parameters(), Adam, lr=0.1, **slots)
+    backward(model)
+    return model, optimizer
+
+
+def backward(model: nn.Module) -> None:
+    model.zero_grad()
+    model(torch.ones(5, 3)).square().sum().backward()
+
+
+def test_explains_a_step() -> None:
+    model, optimizer = make(pre=chain(clip_by_global_norm(1.0), ema(0.9)), update=cautious(), post=clamp(-0.3, 0.3))
+    for _ in range(2):  # the second step has states
+        explanation = explain_step(optimizer)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.step()
+        after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        names = [row.stage for row in explanation.rows]
+        assert names == [
+            *("gradient", "clip_by_global_norm(max_norm=1.0)", "ema(decay=0.9)"),
+            *("update", "cautious()"),
+            *("parameter", "clamp(min=-0.3, max=0.3)"),
+        ]
+        assert explanation.rows[1].norm == pytest.approx(1)
+        assert explanation.rows[-1].norm == pytest.approx(float(after.norm()))
+        assert explanation.rows[-1].mean == pytest.approx(float(after.mean()), abs=1e-7)
+        for name, parameter in model.named_parameters():
+            assert explanation[name].rows[-1].norm == pytest.approx(float(parameter.detach().norm()))
+            assert explanation[name].name == name
+        assert explanation[2] is explanation["1.weight"]
+        assert explanation[2].number == 2
+        assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+        backward(model)
+
+
+def test_a_row_is_over_all_parameters() -> None:
+    model, optimizer = make(pre=sign())
+    explanation = explain_step(optimizer)
+    whole = explain(chain(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))  # type: ignore[union-attr]
+    assert_close_rows(explanation.rows[0], whole.rows[0])
+
+
+def assert_close_rows(row: Row, expected: Row) -> None:
+    assert row.histogram[0] == expected.histogram[0]
+    for name in ("norm", "rms", "min", "max", "mean", "zero", "nonfinite", "cosine"):
+        assert getattr(row, name) == pytest.approx(getattr(expected, name)), name
+
+
+def test_a_step_modifies_nothing() -> None:
+    model, optimizer = make(pre=chain(keep_top_q(0.5, dq=0.5), ema(0.9)), post=scale(0.5))
+    for _ in range(2):
+        rng, before = torch.get_rng_state(), copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+        grads = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+        explain_step(optimizer)
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert_equal((optimizer.state_dict(), model.state_dict()), before)
+        assert_equal([parameter.grad for parameter in model.parameters()], grads)
+        optimizer.step()
+
+
+def test_stages_of_some_parameters() -> None:
+    _, optimizer = make(pre=chain(masked(scale(0.0), "*.bias"), partition({"1.*": sign(), "*": chain()})))
+    explanation = explain_step(optimizer)
+    assert [row.zero for row in explanation["0.bias"].rows] == [0, 1, 1]
+    assert [row.zero for row in explanation["0.weight"].rows] == [0, 0, 0]
+    assert explanation["0.weight"].rows[2].changed == 0
+    assert explanation["1.weight"].rows[2].max == 1
+
+
+def test_parameters_without_gradients() -> None:
+    model, optimizer = make(pre=clip_by_global_norm(1.0), post=scale(0.5))
+    next(model.parameters()).grad = None
+    explanation = explain_step(optimizer)
+    assert [row.stage for row in explanation[0].rows] == ["parameter", "scale(factor=0.5)"]
+    assert len(explanation[1].rows) == 4
+
+
+def test_a_skipped_step() -> None:
+    model, optimizer = make(pre=skip_nonfinite())
+    next(model.parameters()).grad[0, 0] = NAN  # type: ignore[index]
+    _, row = explain_step(optimizer).rows
+    assert row.zero == 1
+
+
+def test_errors_in_a_step_say_where() -> None:
+    def fail(tensor: Tensor, group: Group) -> Tensor:
+        raise RuntimeError("no")
+
+    _, optimizer = make(pre=chain(sign(), masked(fail, "1.bias")))
+    with pytest.raises(RuntimeError, match=r"pre, group 0, parameter 3 '1.bias' .*: stage 1, masked\(fail, .* no"):
+        explain_step(optimizer)
+
+
+def test_without_chains_there_are_no_rows() -> None:
+    explanation = explain_step(make()[1])
+    assert repr(explanation) == "  ".join(HEADER)
+    assert explanation.plot().axes
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    assert repr(numbers(actual)) == repr(numbers(expected))  # where NaN is NaN
+
+
+def numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: numbers(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(each) for each in value]
+    return value.tolist() if isinstance(value, Tensor) else value
