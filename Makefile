@@ -1,26 +1,37 @@
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 EXTRAS ?= test
+TESTS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
-demo: .venv/done
+demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
 
-test: .venv/done
-	$(BIN)/python -m pytest
+test: $(VENV)/done
+	$(BIN)/python -m pytest $(TESTS)
 
-lint: .venv/done
+lint: $(VENV)/done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright
 
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-frameworks demo
 
 # The constraints hold for the build backend too, hence the variable and not -c.
-.venv/done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+# Without its dependencies: what is compared needs neither torchvision nor torchmetrics.
+$(VENV)/bench: $(VENV)/done
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps rai-toolbox
 	touch $@
