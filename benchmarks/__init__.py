@@ -1,0 +1,1 @@
+"""Speed and memory, side by side with hand-written torch and with other libraries: ``make bench``."""

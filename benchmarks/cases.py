@@ -1,0 +1,153 @@
+"""The rows of the table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import peers
+from benchmarks.sides import MakeSide, Ours, adam
+from benchmarks.workloads import (
+    ALL,
+    LARGE_BATCH,
+    MANY,
+    MODELS,
+    RESNET,
+    SMALL_BATCH,
+    Workload,
+    alike,
+    one_of_megabytes,
+)
+from gradchain import (
+    add,
+    chain,
+    clamp,
+    clip_by_global_norm,
+    clip_by_norm,
+    normalize,
+    project_box,
+    project_l2_ball,
+    project_nonnegative,
+    scale,
+    sign,
+)
+
+RADIUS = 1e-4  # less than a step, which is of length lr, so that projections act
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two sides to time."""
+
+    name: str
+    workload: Workload
+    ours: MakeSide
+    against: str
+    theirs: MakeSide
+    at_most: float | None = None  # the ratio of the times
+    their_workload: Workload | None = None  # if not the same
+    same_numbers: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """Chains whose memory to measure."""
+
+    name: str
+    ours: Ours
+    at_most: float = 0.02  # share of the bytes of the parameters
+
+
+def timed(device: str) -> Iterator[Case]:
+    """All cases in which times are compared."""
+    for workload in ALL:
+        yield Case("no chain", workload, Ours(), "bare step", peers.bare(), 1.03)
+    yield from _elementwise(device)
+    yield from _norms()
+    yield from _rai_toolbox()
+    yield from _growth([alike(count, 16, 16) for count in (500, 1000, 2000, 4000)], {"4000 of 16x16": 2.1})
+    yield from _growth([one_of_megabytes(size) for size in (1, 4, 16, 64)], {})
+    yield from _optax()  # last, as its threads stay
+
+
+def _elementwise(device: str) -> Iterator[Case]:
+    edits = (
+        (sign(), torch._foreach_sign_),
+        (scale(0.9), peers.scale(0.9, device)),
+        (clamp(-1.0, 1.0), peers.clamp(1.0)),
+    )
+    for transform, edit in edits:
+        for workload in MODELS:
+            yield Case(repr(transform), workload, Ours(transform), "by hand", peers.by_hand(edit), 1.05)
+    for workload in MODELS:
+        name = "clip_grad_value_ + step"
+        yield Case(repr(clamp(-1.0, 1.0)), workload, Ours(clamp(-1.0, 1.0)), name, peers.clip_grad_value(), 1.05)
+
+    five = chain(sign(), scale(0.5), add(0.01), clamp(max=0.4), project_nonnegative())
+    one_by_one = (
+        torch._foreach_sign_,
+        peers.scale(0.5, device),
+        lambda grads: torch._foreach_add_(grads, 0.01),
+        lambda grads: torch._foreach_clamp_max_(grads, 0.4),
+        lambda grads: torch._foreach_clamp_min_(grads, 0.0),
+    )
+    by_hand = "by hand, one by one"
+    transform_only = peers.by_hand(*one_by_one, inner=None)
+    yield Case("five stages, no step", RESNET, Ours(five, steps=False), by_hand, transform_only, 0.6)
+    yield Case("five stages", RESNET, Ours(five), by_hand, peers.by_hand(*one_by_one), 0.6)
+
+
+def _norms() -> Iterator[Case]:
+    for workload in MODELS:
+        yield Case("normalize()", workload, Ours(normalize()), "by hand", peers.by_hand(peers.normalize), 1.08)
+    for workload in MODELS:
+        theirs = peers.by_hand(peers.clip_to_unit_norm)
+        yield Case("clip_by_norm(1)", workload, Ours(clip_by_norm(1.0)), "by hand", theirs, 1.08)
+    for workload in MODELS:
+        ours = Ours(normalize(), param_ndim=1)
+        yield Case("normalize(), rows", workload, ours, "by hand", peers.by_hand(peers.normalize_rows), 1.05)
+    for workload in (SMALL_BATCH, LARGE_BATCH):
+        ours = Ours(normalize(), project_l2_ball(RADIUS), param_ndim=-1)
+        yield Case("PGD: normalize(), project_l2_ball(r)", workload, ours, "by hand", peers.pgd(RADIUS), 1.05)
+    for workload in MODELS:
+        ours = Ours(clip_by_global_norm(1.0), inner=adam)
+        yield Case(
+            "clip_by_global_norm(1), Adam", workload, ours, "clip_grad_norm_ + step", peers.clip_grad_norm(), 1.02
+        )
+
+
+def _rai_toolbox() -> Iterator[Case]:
+    for workload, at_most in ((MANY, 0.2), (RESNET, 0.75)):
+        ours = Ours(normalize(), param_ndim=-1)
+        yield Case("normalize(), by param_ndim=-1", workload, ours, "rai-toolbox", peers.rai_normalize, at_most)
+
+
+def _optax() -> Iterator[Case]:
+    for workload in ALL:
+        yield Case(repr(clamp(-1.0, 1.0)), workload, Ours(clamp(-1.0, 1.0)), "optax, jitted", peers.optax_clip, 1.0)
+    for workload in ALL:
+        ours = Ours(clip_by_global_norm(1.0), inner=adam)
+        theirs = peers.optax_clip_by_global_norm
+        yield Case("clip_by_global_norm(1), Adam", workload, ours, "optax, jitted", theirs, 1.0)
+
+
+def _growth(workloads: Sequence[Workload], at_most: dict[str, float]) -> Iterator[Case]:
+    ours = Ours(chain(clip_by_norm(1.0), scale(0.9)))
+    name = "growth: clip_by_norm(1), scale(0.9)"
+    for workload in workloads:
+        yield Case(name, workload, ours, "bare step", peers.bare(), same_numbers=False)
+    for smaller, larger in itertools.pairwise(workloads):
+        limit = at_most.get(larger.name)
+        yield Case(name, larger, ours, f"the same, {smaller.name}", ours, limit, smaller, same_numbers=False)
+
+
+MEMORY = (
+    MemoryCase("memory: sign()", Ours(sign())),
+    MemoryCase("memory: clip_by_norm(1), scale(0.9)", Ours(chain(clip_by_norm(1.0), scale(0.9)))),
+    MemoryCase("memory: clip_by_global_norm(1), Adam", Ours(clip_by_global_norm(1.0), inner=adam)),
+    MemoryCase("memory: normalize(), project_l2_ball", Ours(normalize(), project_l2_ball(RADIUS), param_ndim=-1)),
+    MemoryCase("memory: clamp, project_box", Ours(clamp(-1.0, 1.0), project_box(-1.0, 1.0))),
+)

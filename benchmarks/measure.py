@@ -1,0 +1,130 @@
+"""Interleaved times, and peaks of memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.sides import Ours, Side
+from benchmarks.workloads import alike
+
+SHORTEST_SAMPLE = 2e-3  # seconds: a faster step is repeated within a sample
+LONGEST_HALF = 1.5  # seconds: a slow case has fewer repetitions in each of its halves
+FEWEST_REPETITIONS = 3
+
+MEMORY_WORKLOAD = alike(16, 2048, 2048)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a step."""
+
+    fastest: float
+    median: float
+    slowest: float
+
+    @staticmethod
+    def of(samples: list[float]) -> Times:
+        """The summary of samples."""
+        return Times(min(samples), statistics.median(samples), max(samples))
+
+
+def compare(
+    make_ours: Callable[[], Side], make_theirs: Callable[[], Side], repetitions: int, device: str, *, same_numbers: bool
+) -> tuple[Times, Times]:
+    """Time both, in turns, after a check that they do the same and a warm-up.
+
+    Gradients are fresh in each step; copying them is not timed. In the second half of the repetitions both are made
+    anew, in the other order: steps in the memory that comes first can take 5 % longer.
+    """
+    samples: tuple[list[float], list[float]] = ([], [])
+    for half, order in enumerate(((0, 1), (1, 0))):
+        gc.collect()
+        made = {index: (make_ours, make_theirs)[index]() for index in order}
+        for side in made.values():
+            side.step()
+        if same_numbers and half == 0:
+            _require_equal(made[0], made[1])
+        _interleave((made.pop(0), made.pop(1)), samples, math.ceil(repetitions / 2), device)
+    return Times.of(samples[0]), Times.of(samples[1])
+
+
+def _interleave(
+    sides: tuple[Side, Side], samples: tuple[list[float], list[float]], repetitions: int, device: str
+) -> None:
+    for side in sides:
+        _sample(side, 2, device)
+    steps = math.ceil(SHORTEST_SAMPLE / min(_sample(side, 1, device) for side in sides))
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    for repetition in range(repetitions):
+        if time.perf_counter() - start > LONGEST_HALF and repetition >= FEWEST_REPETITIONS:
+            break
+        for index in (0, 1) if repetition % 2 else (1, 0):
+            samples[index].append(_sample(sides[index], steps, device))
+    gc.enable()
+
+
+def _sample(side: Side, steps: int, device: str) -> float:
+    """The mean time of some steps."""
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    total = 0.0
+    for _ in range(steps):
+        side.refresh()
+        synchronize()
+        start = time.perf_counter()
+        side.step()
+        synchronize()
+        total += time.perf_counter() - start
+    return total / steps
+
+
+def _require_equal(ours: Side, theirs: Side) -> None:
+    # Parameters start at zero, so that after a step they are the step, and no rounding hides a difference.
+    for our_value, their_value in zip(ours.values(), theirs.values(), strict=False):  # optax shows no gradients
+        largest = float(their_value.abs().max())
+        torch.testing.assert_close(our_value.cpu(), their_value.cpu(), rtol=1e-3, atol=1e-5 * largest)
+
+
+def memory_above_inner(ours: Ours, device: str) -> int:
+    """The bytes by which the peak of some steps is above that of the inner optimizer, both in a fresh process."""
+    peaks = []
+    for is_bare in (False, True):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            peaks.append(process.submit(_peak, ours, device, is_bare).result())
+    return peaks[0] - peaks[1]
+
+
+def parameter_bytes() -> int:
+    """The size of the parameters that ``memory_above_inner`` steps."""
+    return sum(4 * math.prod(shape) for shape in MEMORY_WORKLOAD.shapes)
+
+
+def _peak(ours: Ours, device: str, is_bare: bool) -> int:
+    """The largest memory of a process that makes the state of the inner optimizer, and then some steps."""
+    params = [torch.zeros(shape, device=device).fill_(1.0).requires_grad_() for shape in MEMORY_WORKLOAD.shapes]
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    inner = ours.inner(params)
+    for _ in range(2):
+        inner.step()
+    optimizer = inner if is_bare else ours.wrap(inner)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        optimizer.step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Of this process alone; getrusage would count the one that it was forked from.
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024

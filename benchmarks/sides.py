@@ -1,0 +1,91 @@
+"""The two sides of a comparison: what makes steps, each on parameters and gradients of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from gradchain import ParamTransformingOptimizer, Transform
+
+LR = 1e-3
+MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]
+Step = Callable[[], object]
+
+# The fastest that torch has; the defaults on a CPU are loops in Python.
+sgd: MakeOptimizer = functools.partial(SGD, lr=LR, foreach=True)
+adam: MakeOptimizer = functools.partial(Adam, lr=LR, fused=True)
+
+
+class Side(Protocol):
+    """Something that makes steps."""
+
+    @property
+    def step(self) -> Step:
+        """Make a step: what is timed. It returns when it is done, or on CUDA when it is queued."""
+        ...
+
+    def refresh(self) -> None:
+        """Give the gradients the values that they had before the first step."""
+        ...
+
+    def values(self) -> list[Tensor]:
+        """The parameters, and the gradients where a step writes them."""
+        ...
+
+
+MakeSide = Callable[[list[Tensor]], Side]
+"""Makes a side from the gradients that it steps with, which it copies. Its parameters start at zero."""
+
+
+class TorchSide:
+    """Steps on torch parameters."""
+
+    def __init__(self, gradients: list[Tensor], make_step: Callable[[list[Tensor]], Step]) -> None:
+        self.gradients = gradients
+        self.params = [torch.zeros_like(gradient, requires_grad=True) for gradient in gradients]
+        for param, gradient in zip(self.params, gradients, strict=True):
+            param.grad = gradient.clone()
+        self.step = make_step(self.params)
+
+    def refresh(self) -> None:
+        """Copy the first gradients into the current ones."""
+        torch._foreach_copy_(grads_of(self.params), self.gradients)
+
+    def values(self) -> list[Tensor]:
+        """The parameters, then the gradients."""
+        return [param.detach() for param in self.params] + grads_of(self.params)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Chains around an inner optimizer."""
+
+    pre: Transform | None = None
+    post: Transform | None = None
+    param_ndim: int | None = None
+    inner: MakeOptimizer = sgd
+    steps: bool = True  # or only transforms gradients
+
+    def __call__(self, gradients: list[Tensor]) -> TorchSide:
+        """The side with these gradients."""
+        return TorchSide(gradients, self.make_step)
+
+    def make_step(self, params: list[Tensor]) -> Step:
+        """What makes a step of ``params``."""
+        optimizer = self.wrap(self.inner(params))
+        return optimizer.step if self.steps else optimizer._apply_pre_step_transform_
+
+    def wrap(self, inner: Optimizer) -> ParamTransformingOptimizer:
+        """The chains around an instance."""
+        return ParamTransformingOptimizer(InnerOpt=inner, pre=self.pre, post=self.post, param_ndim=self.param_ndim)
+
+
+def grads_of(params: list[Tensor]) -> list[Tensor]:
+    """The gradients, which all of ``params`` have."""
+    return [param.grad for param in params if param.grad is not None]
