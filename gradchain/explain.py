@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gradchain._html import Html, element
+from gradchain._sharding import gather
 from gradchain.chain import Chain, chain
 from gradchain.transform import Combinator, Group, State, Transform, show
-from gradchain.transforms.global_norm import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

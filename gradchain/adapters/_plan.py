@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -13,6 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradchain._sharding import (
+    distribute,
+    gather,
+    goes_along,
+    has_whole_units,
+    held,
+    is_distributed,
+    local,
+    put_back,
+)
 from gradchain.broadcast import Broadcast
 from gradchain.chain import Chain
 from gradchain.masked import Masked, Partition
@@ -110,11 +121,13 @@ class Plan:
 
     def run(self, work: Work) -> None:
         """Transform all tensors in place, and put new states into ``work``."""
-        for operation, part in self._calls:
-            try:
-                operation.run(work, part)
-            except Exception as error:
-                operation.fail(error)
+        for part, operations in self._calls:
+            tensors = part.of(work.tensors)
+            for operation in operations:
+                try:
+                    operation.run(work, part, tensors)
+                except Exception as error:
+                    operation.fail(error)
         self.has_run = True
 
 
@@ -157,7 +170,7 @@ class _Operation(ABC):
 
     def __init__(self, at: Sequence[int]) -> None:
         self.at = list(at)
-        self.places: list[str] = []
+        self.places: list[tuple[Chain, int]] = []
 
     def rehearse(self, items: Sequence[Item]) -> None:  # noqa: B027 # most need not
         """Raise what a step would raise, as far as it can be known before."""
@@ -166,13 +179,13 @@ class _Operation(ABC):
         """Read the hyperparameters, or raise where they are wrong."""
 
     @abstractmethod
-    def run(self, work: Work, part: _Part) -> None:
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
         """Transform a part of the tensors in place."""
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise ``error``, saying which stage it was."""
-        for place in self.places if not isinstance(error, SkippedStep) else ():
-            locate(error, place)
+        for chain, index in self.places if not isinstance(error, SkippedStep) else ():
+            locate(error, chain.place(index))
         raise error
 
 
@@ -209,6 +222,7 @@ class _InPlace(_Operation):
 
     def prepare(self) -> None:
         try:
+            self.base = {**self.group, "dim": self.dim}
             self.arguments = self.bound.read(self.group, self.dtype)
             for name, value in self.arguments.items():
                 for shape in self.shapes if isinstance(value, Tensor) and value.ndim else ():
@@ -217,15 +231,15 @@ class _InPlace(_Operation):
             error.failed_item = self.at[0]  # type: ignore[attr-defined]
             raise
 
-    def run(self, work: Work, part: _Part) -> None:
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
         states = [self.leaves[i] for i in part.at] if self.leaves else []
         if work.keeps_states or self.precedes_skip:
             copies = [{key: value.clone() for key, value in state.items()} for state in states]
             work.new_states += zip(states, copies, strict=True)
             states = copies
-        group = {**self.group, **self.view, "dim": self.dim}
+        group = {**self.base, **self.view} if self.view else self.base
         context = {key: partial(part.of, work.context[key]) for key in self.context}
-        self.bound.act_in_place(part.of(work.tensors), group, context, states, self.arguments)
+        self.bound.act_in_place(tensors, group, context, states, self.arguments)
 
 
 class _Pure(_Operation):
@@ -240,7 +254,7 @@ class _Pure(_Operation):
         self.leaves = leaves
         self.view = view
 
-    def run(self, work: Work, part: _Part) -> None:
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
         for i in part.at:
             tensor, state = work.tensors[i].detach(), self.leaves.get(i, {})
             group, identity, keys = self.groups[i]
@@ -272,13 +286,19 @@ class _Measure(_Operation):
         self.skips = bool(_flags(self.state))
         bound = stage.transform
         self.is_trusted = isinstance(bound, BoundTransform) and bound.definition.rule is not None
+        measure = bound.definition.measure if isinstance(bound, BoundTransform) else None
+        is_blind = not getattr(measure, "sees_parts", False)
+        self.gathers = is_blind and any(is_distributed(items[i].form) for i in self.at)
 
-    def run(self, work: Work, part: _Part) -> None:
-        view, new_state = self.stage.measure(part.of(work.tensors), self.group, self.state)
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
+        state = self.state
+        if self.gathers:
+            tensors, state = list(map(gather, tensors)), map_state(state, gather)
+        view, new_state = self.stage.measure(tensors, self.group, state)
         self.view.update(view)
         _raise_if_skipped([(self.state, new_state)])
-        if new_state is not self.state:
-            work.new_states.append((self.state, new_state))
+        if new_state is not state:
+            work.new_states.append((self.state, _like(self.state, new_state, distribute)))
 
 
 class _Together(_Operation):
@@ -291,31 +311,131 @@ class _Together(_Operation):
         super().__init__([i for i in at if items[i].takes_part or stage.shares_state])
         self.stage = stage
         self.items = [items[i]._replace(form=torch.empty(0)) for i in self.at]
-        self.states: list[State] = [_leaf(items[i].state, path) if stage.stateful else {} for i in self.at]
-        self.skips = any(map(_flags, self.states))
-        self.empty = {i: items[i].form.new_empty((0,) * max(items[i].form.ndim, 1)) for i in self.at}
+        self.leaves: _Leaves = {i: _leaf(items[i].state, path) if stage.stateful else {} for i in self.at}
+        self.skips = any(map(_flags, self.leaves.values()))
+        self.empty = {i: local(items[i].form).new_empty((0,) * max(items[i].form.ndim, 1)) for i in self.at}
 
-    def run(self, work: Work, part: _Part) -> None:
-        tensors, groups = [], []
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
+        tensors, groups, states = [], [], [self.leaves[i] for i in part.at]
         for i, item in zip(part.at, self.items, strict=True):
             tensors.append(work.tensors[i].detach() if item.takes_part else self.empty[i])
             context = {key: work.context[key][i].detach() for key in item.context if item.takes_part}
             groups.append({**item.group, **item.identity, **context})
         try:
-            results, new_states = self.stage.run(tensors, groups, self.states)
+            results, new_states = self.stage.run(tensors, groups, states)
         except Exception as error:
             failed = getattr(error, "failed_group", None)
             error.failed_item = next(  # type: ignore[attr-defined]
                 (i for i, group in zip(part.at, groups, strict=True) if group is failed), None
             )
             raise
-        _raise_if_skipped(zip(self.states, new_states, strict=True))
+        _raise_if_skipped(zip(states, new_states, strict=True))
         inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
-        for tensor, state, result, new_state in zip(tensors, self.states, results, new_states, strict=True):
+        for tensor, state, result, new_state in zip(tensors, states, results, new_states, strict=True):
             if new_state is not state:
                 work.new_states.append((state, own(new_state, *inputs)))
             if result is not tensor and tensor.numel():
                 tensor.copy_(result)
+
+
+class _Distributed(_Operation):
+    """An operation on distributed tensors: on the part that this process has of each, or on the gathered ones."""
+
+    def __init__(self, operation: _InPlace | _Pure | _Together, *, gathers: bool) -> None:
+        super().__init__(operation.at)
+        self.operation = operation
+        self.leaves, operation.leaves = operation.leaves, {}
+        self.gathers = gathers
+        self.is_trusted = operation.is_trusted
+        self.is_joint = operation.is_joint
+        self.skips = operation.skips
+
+    def rehearse(self, items: Sequence[Item]) -> None:
+        # The shape of the whole, in the memory of one element.
+        forms = (local(item.form).new_zeros(()).expand(item.form.shape) for item in items)
+        self.operation.rehearse([item._replace(form=form) for item, form in zip(items, forms, strict=True)])
+
+    def prepare(self) -> None:
+        self.operation.prepare()
+
+    def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
+        context: dict[str, Any] = {k: _Seen(values, self._see, work.tensors) for k, values in work.context.items()}
+        seen = Work(
+            list(work.tensors),
+            context,
+            keeps_states=work.keeps_states or self.precedes_skip or self.gathers,
+        )
+        origins = {}
+        for i in part.at:
+            seen.tensors[i] = self._see(work.tensors[i])
+            if i in self.leaves:
+                state = self.operation.leaves[i] = _seen(self.leaves[i], self._see)
+                origins[id(state)] = self.leaves[i]
+        self.operation.run(seen, part, part.of(seen.tensors))
+        for i in part.at if self.gathers else ():
+            if is_distributed(work.tensors[i]):
+                work.tensors[i].copy_(distribute(seen.tensors[i], work.tensors[i]))
+        for old, new in seen.new_states:
+            if id(old) in origins:
+                origin = origins[id(old)]
+                work.new_states.append((origin, _like(origin, new, distribute if self.gathers else put_back)))
+        self.operation.leaves = {}
+
+    def _see(self, value: Any, like: Any = None) -> Any:
+        return gather(value) if self.gathers else held(value, like)
+
+
+class _Seen(Sequence[Any]):
+    """The context of a distributed operation, of which each tensor is gathered when it is asked for."""
+
+    def __init__(self, values: Sequence[Any], see: Callable[..., Any], tensors: Sequence[Any]) -> None:
+        self.values = values
+        self.see = see
+        self.tensors = tensors
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.see(self.values[index], self.tensors[index])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def _seen(state: State, see: Callable[[Any], Any]) -> State:
+    """``state`` as an operation is to see it; itself where there is nothing distributed in it."""
+    new = {key: _seen(value, see) if isinstance(value, dict) else see(value) for key, value in state.items()}
+    return state if all(new[key] is value for key, value in state.items()) else new
+
+
+def _like(state: State, new_state: State, distribute: Callable[[Tensor, Any], Any]) -> State:
+    """``new_state``, with each tensor distributed as that of ``state`` is."""
+    return {
+        key: _like(state.get(key, {}), value, distribute)
+        if isinstance(value, dict)
+        else distribute(value, state[key])
+        if key in state and is_distributed(state[key])
+        else value
+        for key, value in new_state.items()
+    }
+
+
+def _must_gather(stage: Broadcast, form: Tensor, ndim: int | None, state: State) -> bool:
+    """Whether the parts that the processes have of ``form`` do not suffice."""
+    bound = stage.transform if isinstance(stage.transform, BoundTransform) else None
+    split = 0 if ndim is None else form.ndim - ndim
+    if bound is not None:
+        if bound.definition.elementwise:
+            split = form.ndim
+        if bound.definition.takes_tensors or "generator" in bound.arguments:
+            split = 0  # what it takes fits the whole, and what it draws is for the whole
+    return not has_whole_units(form, split) or not all(goes_along(leaf, form, split) for leaf in _tensors(state))
+
+
+def _tensors(state: State) -> Iterator[Tensor]:
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        else:
+            yield value
 
 
 def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tuple[str, ...]) -> list[_Operation]:
@@ -329,7 +449,7 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
                 locate(error, stage.place(index))
                 raise
             for operation in below:
-                operation.places.append(stage.place(index))
+                operation.places.append((stage, index))
             found += below
         return found
     if isinstance(stage, Masked) and not isinstance(stage.where, Tensor):
@@ -345,7 +465,10 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
         return []
     if isinstance(stage, Broadcast):
         return _operations_on_each(stage, items, acting, at, path)
-    return [_Together(stage, items, at, path)]
+    together = _Together(stage, items, at, path)
+    if any(is_distributed(items[i].form) for i in together.at):
+        return [_Distributed(together, gathers=True)]
+    return [together]
 
 
 def _operations_on_each(
@@ -371,14 +494,17 @@ def _operations_on_each(
             error.failed_item = i  # type: ignore[attr-defined]
             raise
         dim = None if ndim is None else tuple(range(-ndim, 0))
-        has_rule = bound is not None and bound.definition.rule is not None and _is_plain(item.form)
+        has_rule = bound is not None and bound.definition.rule is not None and _is_plain(local(item.form))
         kind = (id(item.group), item.form.dtype, item.form.device, item.context, dim) if has_rule else None
-        kinds.setdefault(kind, []).append(i)
-    for kind, same in kinds.items():
+        gathers = _must_gather(stage, item.form, ndim, leaves.get(i, {})) if is_distributed(item.form) else None
+        kinds.setdefault((gathers, kind), []).append(i)
+    for (gathers, kind), same in kinds.items():
+        operation: _InPlace | _Pure
         if bound is None or kind is None:
-            found.append(_Pure(stage, items, same, leaves, view))
+            operation = _Pure(stage, items, same, leaves, view)
         else:
-            found.append(_InPlace(bound, items, same, kind[-1], leaves, view))
+            operation = _InPlace(bound, items, same, kind[-1], leaves, view)
+        found.append(operation if gathers is None else _Distributed(operation, gathers=gathers))
     return found
 
 
@@ -408,32 +534,40 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided and tensor.is_floating_point()
 
 
-def _in_order(operations: Sequence[_Operation], items: Sequence[Item]) -> Iterator[tuple[_Operation, _Part]]:
+_Call: TypeAlias = tuple[_Part, list[_Operation]]
+
+
+def _in_order(operations: Sequence[_Operation], items: Sequence[Item]) -> Iterator[_Call]:
     stretch: list[_Operation] = []
     for operation in operations:
         if operation.is_joint:
             yield from _in_blocks(stretch, items)
-            yield operation, _Part(operation.at)
+            yield _Part(operation.at), [operation]
             stretch = []
         else:
             stretch.append(operation)
     yield from _in_blocks(stretch, items)
 
 
-def _in_blocks(operations: Sequence[_Operation], items: Sequence[Item]) -> Iterator[tuple[_Operation, _Part]]:
-    for block in _blocks(sorted({i for operation in operations for i in operation.at}), items):
+def _in_blocks(operations: Sequence[_Operation], items: Sequence[Item]) -> Iterator[_Call]:
+    # A single stage gains nothing from blocks; but half precision takes memory for all of a block.
+    at_once = len(operations) == 1 and not any(
+        compute_dtype(items[i].form.dtype) != items[i].form.dtype for i in operations[0].at
+    )
+    for block in _blocks(sorted({i for operation in operations for i in operation.at}), items, at_once=at_once):
         acting = [(operation, [i for i in operation.at if i in block]) for operation in operations]
         acting = [(operation, at) for operation, at in acting if at]
         index, form = min(block), items[min(block)].form
         length = BLOCK_BYTES // form.element_size()
         if len(block) == 1 < len(acting) and items[index].is_contiguous and all(op.can_cut for op, _ in acting):
             for start in range(0, form.numel(), length):
-                yield from ((operation, _Piece(index, start, start + length)) for operation, _ in acting)
+                yield _Piece(index, start, start + length), [operation for operation, _ in acting]
         else:
-            yield from ((operation, _Part(at)) for operation, at in acting)
+            for at, same in groupby(acting, key=itemgetter(1)):
+                yield _Part(at), [operation for operation, _ in same]
 
 
-def _blocks(at: Sequence[int], items: Sequence[Item]) -> Iterator[set[int]]:
+def _blocks(at: Sequence[int], items: Sequence[Item], *, at_once: bool) -> Iterator[set[int]]:
     block: set[int] = set()
     size = 0
     for i in at:
@@ -443,7 +577,7 @@ def _blocks(at: Sequence[int], items: Sequence[Item]) -> Iterator[set[int]]:
             continue
         block.add(i)
         size += here
-        if size >= BLOCK_BYTES:
+        if size >= BLOCK_BYTES and not at_once:
             yield block
             block, size = set(), 0
     if block:
@@ -474,15 +608,15 @@ def own(state: State, *inputs: Tensor) -> State:
     if torch.compiler.is_compiling():  # where storages have no address
         owned = map_state(state, lambda v: v.clone() if any(v is tensor for tensor in inputs) else v)
     else:
-        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs if _has_storage(tensor)}
-        owned = map_state(
-            state, lambda v: v.clone() if _has_storage(v) and v.untyped_storage().data_ptr() in storages else v
-        )
+        storages = set(map(_storage, inputs)) - {None}
+        owned = map_state(state, lambda v: v.clone() if _storage(v) in storages else v)
     return owned
 
 
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
+def _storage(tensor: Tensor) -> int | None:
+    tensor = local(tensor)
+    is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
+    return tensor.untyped_storage().data_ptr() if is_known else None
 
 
 def map_state(state: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -72,7 +72,7 @@ def rms(tensors: list[Tensor], dim: Dim) -> list[Tensor]:
 
 def count(tensor: Tensor, dim: Dim) -> int:
     """The number of elements of a unit."""
-    return tensor.numel() if dim is None else math.prod(tensor.shape[d] for d in dim)
+    return tensor.numel() if dim is None else math.prod([tensor.shape[d] for d in dim])
 
 
 def combine(function: Callable[..., Tensor], *lengths: list[Tensor]) -> list[Tensor]:
@@ -84,7 +84,13 @@ def combine(function: Callable[..., Tensor], *lengths: list[Tensor]) -> list[Ten
 
 def shorten_(tensors: list[Tensor], lengths: list[Tensor], limit: float | Tensor) -> None:
     """Scale each tensor down by as much as its length is above ``limit``."""
-    divide_(tensors, combine(lambda length: (length / limit).clamp_min(1), lengths))
+    if isinstance(limit, Tensor):
+        divide_(tensors, combine(lambda length: (length / limit).clamp_min(1), lengths))
+    elif limit < math.inf:
+        torch._foreach_clamp_min_(lengths, limit)
+        if limit != 1:
+            torch._foreach_div_(lengths, as_operand(limit, lengths))
+        divide_(tensors, lengths)
 
 
 def divide_(tensors: list[Tensor], divisors: list[Tensor]) -> None:
@@ -118,7 +124,8 @@ def clamp_(tensors: list[Tensor], min: float | None, max: float | None) -> None:
 
 def as_operand(value: float | Tensor, tensors: list[Tensor]) -> float | Tensor:
     """``value`` for a ``_foreach`` function; on the CPU as a tensor, where each tensor would have one made of it."""
-    return torch.as_tensor(value, dtype=tensors[0].dtype) if tensors[0].is_cpu else value
+    is_worth_it = len(tensors) > 4 and tensors[0].is_cpu
+    return torch.as_tensor(value, dtype=tensors[0].dtype) if is_worth_it else value
 
 
 def inner_units(a: Tensor, b: Tensor, dim: Dim) -> Tensor:

@@ -1,6 +1,5 @@
 """Transforms by the norm of all tensors of the optimizer together."""
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -8,38 +7,33 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
+from gradchain._sharding import alike, collect, is_distributed, local, sees_parts
 from gradchain.transform import Group, transform
 from gradchain.transforms._numerics import floor, is_long, shorten, whole_norms
 
 
+@sees_parts
 def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
     """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel() > 0:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    norms = [norm.to(tensors[0].device) for same in by_dtype.values() for norm in _norms(same, ord)]
+    device = tensors[0].device
+    norms = [norm.to(device) for same in alike(tensors) for norm in _norms(same, ord)]
     if not norms:
-        return {"global_norm": torch.zeros((), device=tensors[0].device)}
+        return {"global_norm": torch.zeros((), device=device)}
     return {"global_norm": torch.linalg.vector_norm(torch.stack(norms), ord)}
 
 
 def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    # functorch has no rule for lists, and a list cannot have a DTensor beside others.
-    if not torch._C._are_functorch_transforms_active() and not any(hasattr(t, "full_tensor") for t in tensors):
-        parts = [[tensor] for tensor in tensors if is_long(tensor)]
-        short = [tensor for tensor in tensors if not is_long(tensor)]
-        return [norm for part in (*parts, short) if part for norm in whole_norms(part, ord, dtype)]
-    # The inf-norm of no elements raises, and so would a rank that has none of them, while the others wait for it.
-    whole = map(gather, tensors) if ord == math.inf else tensors
-    return [gather(torch.linalg.vector_norm(tensor, ord, dtype=dtype)) for tensor in whole]
-
-
-def gather(value: Tensor) -> Tensor:
-    """``value``, where it is a ``DTensor`` with the shares of all ranks, whose own is not the whole."""
-    full_tensor = getattr(value, "full_tensor", None)
-    return value if full_tensor is None else full_tensor()
+    if torch._C._are_functorch_transforms_active():  # functorch has no rule for lists
+        return [torch.linalg.vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
+    if is_distributed(tensors[0]):
+        # In one go, and also where this process has no elements: the others wait for it.
+        norms = [norm for same in alike(map(local, tensors)) for norm in _norms(same, ord)]
+        mine = torch.stack(norms) if norms else torch.zeros(1, dtype=dtype.to_real(), device=tensors[0].device)
+        return [torch.linalg.vector_norm(collect(torch.linalg.vector_norm(mine, ord), tensors[0]), ord)]
+    parts = [[tensor] for tensor in tensors if is_long(tensor)]
+    short = [tensor for tensor in tensors if not is_long(tensor)]
+    return [norm for part in (*parts, short) if part for norm in whole_norms(part, ord, dtype)]
 
 
 def global_norm(tensor: Tensor, group: Group) -> Tensor:

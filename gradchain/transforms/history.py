@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from gradchain._sharding import sees_parts
 from gradchain.transform import Group, State, transform
 from gradchain.transforms.global_norm import measure_global_norm
 
@@ -21,6 +22,7 @@ def _no_norms(tensor: Tensor, group: Group, *, window: int, **arguments: object)
     return {"norms": torch.full((window,), math.inf, device=tensor.device, dtype=tensor.real.dtype)}
 
 
+@sees_parts
 def _measure_history(
     tensors: Sequence[Tensor], state: State, percentile: float, **arguments: object
 ) -> tuple[Group, State]:
@@ -73,6 +75,7 @@ def _no_moments(tensor: Tensor, group: Group, **arguments: object) -> State:
     return {**moments, "count": torch.zeros((), device=tensor.device, dtype=torch.int64)}
 
 
+@sees_parts
 def _measure_zscore(
     tensors: Sequence[Tensor], state: State, threshold: float, decay: float, warmup: int
 ) -> tuple[Group, State]:

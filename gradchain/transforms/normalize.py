@@ -101,8 +101,10 @@ def _standardize(tensors: list[Tensor], group: Group) -> None:
     dim = group["dim"]
     for tensor in tensors:
         over = dim if dim is not None else tuple(range(-tensor.ndim, 0))
-        first = tuple(slice(1) if d - tensor.ndim in over else slice(None) for d in range(tensor.ndim))
-        tensor.sub_(tensor[first].clone())
+        first = tensor
+        for d in over:
+            first = first.narrow(d, 0, 1)
+        tensor.sub_(first.clone())
         if over:
             tensor.sub_(tensor.mean(dim=over, keepdim=True))
     least = floor(tensors[0])

@@ -26,15 +26,22 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from gradchain._sharding import alike, collect, is_distributed, local, sees_parts
 from gradchain.transform import Group, State, transform
-from gradchain.transforms.global_norm import gather, measure_global_norm
+from gradchain.transforms.global_norm import measure_global_norm
 
 
+@sees_parts
 def _measure_finite(tensors: Sequence[Tensor], state: State, max_consecutive: int) -> tuple[Group, State]:
-    flags = [gather(tensor.isfinite().all()).to(tensors[0].device) for tensor in tensors]
+    flags = []
+    for same in alike(tensors):
+        flag = torch.stack([local(tensor).isfinite().all() for tensor in same]).all()
+        flag = collect(flag, same[0]).all() if is_distributed(same[0]) else flag
+        flags.append(flag.to(tensors[0].device))
     return _count(~torch.stack(flags).all(), state, max_consecutive)
 
 
+@sees_parts
 def _measure_length(
     tensors: Sequence[Tensor], state: State, max_norm: float, max_consecutive: int, *, ord: float
 ) -> tuple[Group, State]:

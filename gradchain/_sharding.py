@@ -1,0 +1,110 @@
+"""Tensors that are distributed over processes, ``torch.distributed.tensor.DTensor``, as ``fully_shard`` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.nn import Parameter
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_distributed(value: object) -> bool:
+    """Whether it is a ``DTensor``; asked like this, since its module takes long to import."""
+    return type(value) not in (Tensor, Parameter) and hasattr(value, "full_tensor")
+
+
+def gather(value: Any) -> Any:
+    """The whole of a distributed tensor, in every process; anything else as it is."""
+    return value.full_tensor() if is_distributed(value) else value
+
+
+def local(value: Any) -> Any:
+    """What this process has of a distributed tensor, in the memory of that; anything else as it is."""
+    return value.to_local() if is_distributed(value) else value
+
+
+def held(value: Any, like: Any = None) -> Any:
+    """``local``, as it is for ``like``. No elements are stood in for by one zero.
+
+    So whatever acts on all processes acts on this one, too, and its counters go on.
+    """
+    if not is_distributed(value):
+        return value
+    if is_distributed(like) and value.placements != like.placements:
+        value = value.redistribute(placements=like.placements)
+    mine = value.to_local()
+    return mine if mine.numel() else mine.new_zeros([max(size, 1) for size in mine.shape])
+
+
+def distribute(whole: Tensor, like: Any) -> Any:
+    """``whole``, which every process has, distributed like ``like``: nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)
+
+
+def put_back(mine: Tensor, like: Any) -> Any:
+    """The distributed tensor of which this process has ``mine``, where ``held`` gave that of ``like`` before."""
+    from torch.distributed.tensor import DTensor
+
+    if like.to_local().numel() == 0:
+        return like
+    placed = like.device_mesh, like.placements
+    return DTensor.from_local(mine, *placed, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def has_whole_units(tensor: Any, split: int) -> bool:
+    """Whether no part of ``tensor`` after its first ``split`` dimensions is distributed."""
+    sizes = tensor.device_mesh.shape
+    return all(
+        size == 1 or placement.is_replicate() or getattr(placement, "dim", split) < split
+        for size, placement in zip(sizes, tensor.placements, strict=True)
+    )
+
+
+def goes_along(value: Any, tensor: Any, split: int) -> bool:
+    """Whether each process has of ``value`` what belongs to its part of ``tensor``, up to dimension ``split``."""
+    if value.ndim == 0:
+        return not is_distributed(value) or has_whole_units(value, 0)
+    return (
+        is_distributed(value)
+        and value.device_mesh == tensor.device_mesh
+        and value.placements == tensor.placements
+        and value.shape[:split] == tensor.shape[:split]
+    )
+
+
+def sees_parts(measure: F) -> F:
+    """Say that ``measure`` can deal with distributed tensors; others get whole ones."""
+    measure.sees_parts = True  # type: ignore[attr-defined]
+    return measure
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Lists of those that have elements, one dtype and one distribution; a sum over processes is added up first."""
+    lists: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            place: Any = None
+            if is_distributed(tensor):
+                distributed: Any = tensor
+                place = distributed.device_mesh, distributed.placements
+                if any(placement.is_partial() for placement in distributed.placements):
+                    tensor, place = gather(tensor), None
+            lists.setdefault((tensor.dtype, place), []).append(tensor)
+    return list(lists.values())
+
+
+def collect(value: Tensor, like: Any) -> Tensor:
+    """A number of each process, in one tensor; one for those that have the same part of ``like``."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in like.placements]
+    each = DTensor.from_local(value.reshape(1), like.device_mesh, placements, run_check=False)
+    collected: Tensor = each.full_tensor()
+    return collected
