@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain.broadcast import require_param_ndim, sub_ndim
-from gradchain.chain import Chain
-from gradchain.transform import Group, locate
+from gradchain.chain import Chain, chain
+from gradchain.transform import Group, Transform, locate, merge_hyperparameters, require_transform
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+ATTACHED = "_gradchain_attached"
+"""The attribute by which an optimizer knows what is attached to it."""
 
 
 def make_inner(
@@ -25,6 +28,11 @@ def make_inner(
             given = ["params"] * (params is not None) + sorted(kwargs)
             raise TypeError(
                 f"InnerOpt is an instance of {type(InnerOpt).__name__} already; leave out {', '.join(given)}"
+            )
+        if ATTACHED in InnerOpt.__dict__:
+            raise TypeError(
+                f"InnerOpt, {type(InnerOpt).__name__}, has attached transforms; call remove() on what attach returned, "
+                "and put them in one chain(...) with yours"
             )
         inner_opt = InnerOpt
     else:
@@ -40,6 +48,23 @@ def make_inner(
     return inner_opt
 
 
+def make_chains(**slots: Transform | None) -> dict[str, Chain]:
+    """The chain of each slot."""
+    return {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in slots.items()}
+
+
+def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
+    """Those of all slots, with their defaults."""
+    return merge_hyperparameters((f"{slot} {at}", t) for slot, members in chains.items() for at, t in members.places())
+
+
+def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
+    """Give each group the keys that it lacks."""
+    for group in param_groups:
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+
+
 def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
     """Raise where a value in ``group`` is of the wrong type, is out of range or does not fit a parameter."""
     place = f"group {group_index}"
@@ -52,8 +77,9 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
                 raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
         param_ndim = require_param_ndim(group["param_ndim"])
         for key in ("grad_scale", "grad_bias"):
-            if not isinstance(group[key], Real | Tensor) or isinstance(group[key], bool):
-                raise TypeError(f"{key} must be a number, got {group[key]!r}")
+            value = group.get(key, 1.0)
+            if not isinstance(value, Real | Tensor) or isinstance(value, bool):
+                raise TypeError(f"{key} must be a number, got {value!r}")
         for slot, members in chains.items():
             place = f"{slot}, group {group_index}"
             members.check(group)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._sharding import gather, is_distributed
+from gradchain.adapters._construction import check_group
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
 from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
-from gradchain.transform import Group, Stage, locate
+from gradchain.transform import Group, locate
 
 SLOTS = ("pre", "update", "post")
 
@@ -31,10 +33,8 @@ class Owner(Protocol):
     @property
     def param_groups(self) -> list[Group]: ...
 
-    @property
-    def _hooked_slots(self) -> Collection[str]:
-        """The slots for which ``_run_hook`` does anything."""
-        ...
+    _hooked_slots: ClassVar[frozenset[str]]
+    """The slots for which ``_run_hook`` does anything."""
 
     def _run_hook(self, slot: str, member: Member) -> None:
         """Do, for one parameter, what follows the chain of ``pre`` or ``post``."""
@@ -47,9 +47,11 @@ class Engine:
     def __init__(self, owner: Owner, states: TransformStates) -> None:
         self.owner = owner
         self.states = states
-        self._stages: dict[str, tuple[Chain, Stage]] = {}
+        self._stages: dict[str, tuple[Chain, Chain]] = {}
         self._plans: Plans | None = None
         self._roster: Roster | None = None
+        for slot in SLOTS:
+            self.stage(slot)
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -71,7 +73,7 @@ class Engine:
             self._roster = None if torch.compiler.is_compiling() else known
         return known
 
-    def stage(self, slot: str) -> Stage:
+    def stage(self, slot: str) -> Chain:
         """The chain of a slot, broadcast."""
         members: Chain = getattr(self.owner, slot)
         known = self._stages.get(slot)
@@ -80,6 +82,23 @@ class Engine:
             if not torch.compiler.is_compiling():
                 self._stages[slot] = known
         return known[1]
+
+    def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
+        """The states in a state dict, and the state dict without them; or raise where either does not fit."""
+        owner, members = self.owner, self.roster.members
+        states, bare = TransformStates.split(state_dict, members)
+        for slot in SLOTS:
+            states.require_form(slot, self.stage(slot), members)
+        chains = {slot: getattr(owner, slot) for slot in SLOTS}
+        for index, (saved, group) in enumerate(zip(bare.get("param_groups", ()), owner.param_groups, strict=False)):
+            check_group(index, {**defaults, **saved, "params": group["params"]}, chains)
+        return states, bare
+
+    def give_states(self, states: TransformStates) -> None:
+        """Go on with states that were loaded, after the inner optimizer has loaded its own."""
+        self.reset(states)
+        inner_opt = self.owner.inner_opt
+        states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     @torch.no_grad()
     def start(self) -> None:
@@ -269,7 +288,8 @@ class Step:
         """Undo all but the counters."""
         self.undo()
         if self.inner_state is not None:
-            self.owner.inner_opt.state = self.inner_state
+            self.owner.inner_opt.state.clear()  # in place: others may hold it
+            self.owner.inner_opt.state.update(self.inner_state)
         skipped.count()
         return skipped.loss
 
@@ -322,7 +342,25 @@ def rescales(group: Group) -> bool:
 
 
 def _rescale_grads(group: Group) -> None:
+    factor, bias = group.get("grad_scale", 1.0), group.get("grad_bias", 0.0)
     grads = [param.grad for param in group["params"] if param.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, group["grad_scale"])
-        torch._foreach_add_(grads, group["grad_bias"])
+    plain = [grad for grad in grads if not is_distributed(grad)]
+    if plain:
+        torch._foreach_mul_(plain, factor)
+        torch._foreach_add_(plain, bias)
+    for grad in grads if len(plain) < len(grads) else ():
+        if is_distributed(grad):  # which a list cannot have beside others
+            grad.mul_(factor).add_(bias)
+
+
+def is_rehearsal(param_groups: Sequence[Group]) -> bool:
+    """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
+    if torch.compiler.is_compiling():
+        return False
+    for group in param_groups:
+        lr = group.get("lr")
+        if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0.0:
+            return False
+    grads = [param.grad for group in param_groups for param in group["params"] if param.grad is not None]
+    # Of whole tensors: all processes must make the same step.
+    return bool(grads) and not any(gather(grad.any()) for grad in grads)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradchain.adapters._construction import describe
 from gradchain.adapters._plan import map_state, own
+from gradchain.chain import Chain
 from gradchain.transform import Group, Stage, State, show
 
 ByParam: TypeAlias = dict[Tensor, State]
@@ -85,15 +87,17 @@ class TransformStates:
 
     def __init__(self, by_param: ByParam | None = None) -> None:
         self.by_param: ByParam = {} if by_param is None else by_param
-        self._shown: set[Tensor] = set()
+        self._shown: dict[Tensor, None] = {}  # no set: graphs know none with tensors
 
-    def start(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
-        """Make the first states of those that have none."""
+    def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
+        """Make the first states of those that have none, or none of stages that the chain has got since."""
         if stage.stateful:
+            needed = {str(i) for i, each in enumerate(stage.stages) if each.stateful}
             for member in members:
                 states = self.by_param.setdefault(member.param, {})
-                if slot not in states:
-                    states[slot] = own(first_state(slot, stage, member), member.param.detach())
+                known = states.get(slot, {})
+                if not needed <= known.keys():
+                    states[slot] = {**own(first_state(slot, stage, member), member.param.detach()), **known}
 
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
@@ -102,9 +106,10 @@ class TransformStates:
         """
         known = [param for param in self.by_param if param.grad is not None] if params is None else params
         for param in known:
-            if param in self.by_param:
+            # ZeroRedundancyOptimizer has None for what other processes have.
+            if param in self.by_param and inner_opt.state.get(param, {}) is not None:
                 inner_opt.state[param][KEY] = self.by_param[param]
-                self._shown.add(param)
+                self._shown[param] = None
 
     def follow(self, inner_opt: Optimizer) -> bool:
         """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""
@@ -113,7 +118,7 @@ class TransformStates:
         for param, state in changed.items():
             if state is None:
                 del self.by_param[param]
-                self._shown.remove(param)
+                del self._shown[param]
             else:
                 self.by_param[param] = state
         return bool(changed)
@@ -145,12 +150,19 @@ class TransformStates:
                 bare[key] = state
         return TransformStates(by_param), {**state_dict, "state": bare}
 
-    def averages(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters that have an average in ``post``, with it."""
-        found = [(param, _find(states.get("post", {}), "average")) for param, states in self.by_param.items()]
-        if any(len(states) > 1 for _, states in found):
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
+        found = {param: _find(states.get("post", {}), "average") for param, states in self.by_param.items()}
+        if any(len(states) > 1 for states in found.values()):
             raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
-        return [(param, states[0]["average"]) for param, states in found if states]
+        averages = {param: states[0]["average"] for param, states in found.items() if states}
+        current = {param: param.detach().clone() for param in averages}
+        try:
+            _write(averages)
+            yield
+        finally:
+            _write(current)
 
     def of(self, slot: str, member: Member) -> State:
         """The state of a slot; empty for one without any."""
@@ -183,6 +195,12 @@ def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> l
     """The key of each parameter in ``state_dict``, which lists them in the same order."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     return list(zip(keys, (member.param for member in members), strict=False))
+
+
+@torch.no_grad()
+def _write(values: Mapping[Tensor, Tensor]) -> None:
+    for param, value in values.items():
+        param.copy_(value)
 
 
 def _find(state: State, key: str) -> list[State]:

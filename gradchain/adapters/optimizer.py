@@ -9,17 +9,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-from torch.optim import SGD, Optimizer, optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradchain._html import show_optimizer
-from gradchain.adapters._construction import Params, check_group, make_inner
-from gradchain.adapters._engine import SLOTS, Engine, Step, rescales
+from gradchain.adapters._construction import (
+    Params,
+    check_group,
+    complete_groups,
+    hyperparameters,
+    make_chains,
+    make_inner,
+)
+from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
 from gradchain.broadcast import to_batch
-from gradchain.chain import Chain, chain
+from gradchain.chain import Chain
 from gradchain.explain import Explanation, explain_step
-from gradchain.transform import Group, Transform, is_same, merge_hyperparameters, require_transform, show
+from gradchain.transform import Group, Transform, is_same, show
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -46,15 +54,21 @@ class ParamTransformingOptimizer(Optimizer):
     their slots.
 
     If a transform or a hook raises within a step, the parameters and the states of the transforms are as they were
-    before it; gradients and the state of the inner optimizer are as far as the step had come, except that a failing
-    ``pre`` also restores the gradients. A step with a learning rate of 0 and zero gradients, which
-    ``torch.distributed.checkpoint`` makes to see the state, moves nothing.
+    before it. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
+    gradients on which ``pre`` failed are as before. Ctrl-C, a lack of memory or an error of the inner optimizer can
+    stop a step at any place. With ``update``, a closure, a hook, or ``post`` where a chain has a function without a
+    rule, the parameters are still as before or after it; else they, like the states, are as far as the step had come.
+    A checkpoint that is loaded then brings all back.
+
+    A step with a learning rate of 0 and zero gradients, which ``torch.distributed.checkpoint`` makes to see the state,
+    moves nothing.
 
     Args:
         params: Parameters, named parameters or param groups, as any optimizer takes them. Not with an instance.
         InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance.
         pre: The transform of each gradient.
-        update: The transform of each displacement. It needs a copy of the parameters, which ``post`` needs too.
+        update: The transform of each displacement. It needs a copy of the parameters, as does ``post`` with a
+            function that has no rule.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
             first dimension: each row of weights, but each element of a bias.
@@ -108,13 +122,12 @@ class ParamTransformingOptimizer(Optimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        given = zip(SLOTS, (pre, update, post), strict=True)
-        chains = {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in given}
+        chains = make_chains(pre=pre, update=update, post=post)
         own_defaults = {
             "param_ndim": param_ndim,
             "grad_scale": grad_scale,
             "grad_bias": grad_bias,
-            **merge_hyperparameters((f"{slot} {place}", t) for slot in SLOTS for place, t in chains[slot].places()),
+            **hyperparameters(chains),
             **(defaults or {}),
         }
         inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs)
@@ -199,26 +212,28 @@ class ParamTransformingOptimizer(Optimizer):
         Returns:
             What the inner optimizer returns: the loss of the closure, or None.
         """
-        if self._is_observed():
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ):
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
 
     # Else torch would wrap ``step`` in what serves hooks and the profiler, which takes as long as many a small step.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
-        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
-        everywhere = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
-        return any(hooks) or any(everywhere) or profiler._is_profiler_enabled
-
     @Optimizer.profile_hook_step
     def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._complete_groups()
-        if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, self.param_groups))):
+        groups = self.inner_opt.param_groups
+        if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
+        self._complete_groups()
         if torch.compiler.is_compiling() and closure is None:
             # The inner step ends a graph, which nothing can do in a try statement.
             step = Step(self._engine)
@@ -226,7 +241,7 @@ class ParamTransformingOptimizer(Optimizer):
             loss = self.inner_opt.step()
             step.finish()
             return loss
-        if closure is None and self._is_rehearsal():
+        if closure is None and is_rehearsal(self.param_groups):
             loss = self.inner_opt.step()
             self._engine.start()
             return loss
@@ -269,6 +284,9 @@ class ParamTransformingOptimizer(Optimizer):
             step.transform_grads()
         except SkippedStep as skipped:
             skipped.count()
+        except BaseException:
+            step.undo()
+            raise
         else:
             step.commit()
 
@@ -276,7 +294,11 @@ class ParamTransformingOptimizer(Optimizer):
         """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
         self._complete_groups()
         step = Step(self._engine)
-        step.transform_params()
+        try:
+            step.transform_params()
+        except BaseException:
+            step.undo()
+            raise
         step.commit()
 
     def _run_hook(self, slot: str, member: Member) -> None:
@@ -297,17 +319,6 @@ class ParamTransformingOptimizer(Optimizer):
         for original, batched in originals:
             if batched.data_ptr() != original.data_ptr():  # no view could be made
                 original.copy_(batched.reshape(original.shape))
-
-    def _is_rehearsal(self) -> bool:
-        """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
-        if torch.compiler.is_compiling():
-            return False
-        for group in self.param_groups:
-            lr = group.get("lr")
-            if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0.0:
-                return False
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        return bool(grads) and not any(grad.any() for grad in grads)
 
     def explain(self) -> Explanation:
         """Show what each stage would do in the next step, over all parameters; call it after ``backward()``.
@@ -349,17 +360,8 @@ class ParamTransformingOptimizer(Optimizer):
             >>> x.item()
             0.0
         """
-        averages = self._engine.follow().averages()
-        current = [param.detach().clone() for param, _ in averages]
-        with torch.no_grad():
-            for param, average in averages:
-                param.copy_(average)
-        try:
+        with self._engine.follow().averaged():
             yield
-        finally:
-            with torch.no_grad():
-                for (param, _), value in zip(averages, current, strict=True):
-                    param.copy_(value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
@@ -387,16 +389,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        members = self._engine.roster.members
-        states, bare = TransformStates.split(state_dict, members)
-        for slot in SLOTS:
-            states.require_form(slot, self._engine.stage(slot), members)
-        for index, (saved, group) in enumerate(zip(bare.get("param_groups", ()), self.param_groups, strict=False)):
-            check_group(index, {**self._own_defaults, **saved, "params": group["params"]}, self._chains())
+        states, bare = self._engine.take_states(state_dict, self._own_defaults)
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._engine.reset(states)
-        states.show_in(self.inner_opt, [param for param, state in self.inner_opt.state.items() if state])
+        self._engine.give_states(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -404,9 +400,7 @@ class ParamTransformingOptimizer(Optimizer):
         return {slot: getattr(self, slot) for slot in SLOTS}
 
     def _complete_groups(self) -> None:
-        for group in self.param_groups:
-            for key, value in self._own_defaults.items():
-                group.setdefault(key, value)
+        complete_groups(self.param_groups, self._own_defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         # Like torch, without hooks; "step" is in the instance only where a scheduler has patched it.

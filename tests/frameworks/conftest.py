@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch.optim import Optimizer
 
-from gradchain import ParamTransformingOptimizer
+from gradchain import ParamTransformingOptimizer, attach
 from tests.frameworks.common import Adapt
 
 
@@ -13,7 +13,12 @@ def wrap(optimizer: Optimizer, **chains: Any) -> Optimizer:
     return ParamTransformingOptimizer(InnerOpt=optimizer, **chains)
 
 
-@pytest.fixture(params=[wrap])
+def attached(optimizer: Optimizer, **chains: Any) -> Optimizer:
+    attach(optimizer, **chains)
+    return optimizer
+
+
+@pytest.fixture(params=[wrap, attached])
 def adapt(request: pytest.FixtureRequest) -> Adapt:
     adapter: Adapt = request.param
     return adapter

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradchain import ParamTransformingOptimizer, skip_nonfinite
+from gradchain import ParamTransformingOptimizer, attach, skip_nonfinite
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -231,6 +231,35 @@ def test_added_from_outside_by_a_callback(adapt: Adapt) -> None:
         train(model, by_hand, data=epoch)
         scheduler.step()
     torch.testing.assert_close(values(module), values(model))
+
+
+def test_attached_to_an_unmodified_module_in_one_line(tmp_path: Path) -> None:
+    class Attach(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            attach(trainer.optimizers[0], **CHAINS)
+
+    whole, first, second = Module(make_adamw), Module(make_adamw), Module(make_adamw, seed=1)
+    fit(whole, callbacks=[Attach()], max_epochs=4, gradient_clip_val=0.5)
+    model = make_model()
+    expected = train(model, ByHand(make_adamw(model)), data=batches() * 2, max_norm=0.5)
+    torch.testing.assert_close(values(whole), expected)
+    fit(first, callbacks=[Attach()], gradient_clip_val=0.5).save_checkpoint(tmp_path / "half.ckpt")
+    path = tmp_path / "half.ckpt"
+    fit(second, callbacks=[Attach()], max_epochs=4, gradient_clip_val=0.5, ckpt_path=path)
+    assert_same(values(second), values(whole))
+
+
+def test_attached_to_the_optimizer_that_lightning_shows() -> None:
+    class Attaches(Module):
+        def on_train_start(self) -> None:
+            optimizer: Any = self.optimizers()
+            with pytest.raises(TypeError, match="attach to that, its .optimizer"):
+                attach(optimizer, **CHAINS)
+            attach(optimizer.optimizer, **CHAINS)
+
+    module, model = Attaches(make_adamw), make_model()
+    fit(module)
+    torch.testing.assert_close(values(module), train(model, ByHand(make_adamw(model))))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
-from gradchain import ParamTransformingOptimizer
+from gradchain import ParamTransformingOptimizer, attach
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -98,6 +98,35 @@ def test_around_the_optimizer_that_it_makes(adapt: Adapt, tmp_path: Path) -> Non
     scheduler = reference.create_scheduler(6, inner)
     torch.testing.assert_close(values(ours), train(model.net, ByHand(inner), data=ALL, schedulers=[scheduler]))
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_attached_to_the_optimizer_that_it_makes_in_one_line(tmp_path: Path) -> None:
+    ours, model = Model(), Model()
+    settings: dict[str, Any] = {"learning_rate": 0.05, "weight_decay": 0.1, "warmup_steps": 2}
+    trainer = make_trainer(ours, tmp_path, **settings)
+    attach(trainer.create_optimizer(), **CHAINS)
+    trainer.train()
+    reference = make_trainer(model, tmp_path, **settings)
+    inner = reference.create_optimizer()
+    scheduler = reference.create_scheduler(6, inner)
+    torch.testing.assert_close(values(ours), train(model.net, ByHand(inner), data=ALL, schedulers=[scheduler]))
+
+
+def test_attached_by_a_callback(tmp_path: Path) -> None:
+    class Attach(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            attach(optimizer.optimizer, **CHAINS)
+
+    ours, model = Model(), Model()
+    settings: dict[str, Any] = {"learning_rate": 0.05, "max_grad_norm": 0.5}
+    trainer = make_trainer(ours, tmp_path, **settings)
+    trainer.add_callback(Attach())
+    trainer.train()
+    reference = make_trainer(model, tmp_path, **settings)
+    inner = reference.create_optimizer()
+    scheduler = reference.create_scheduler(6, inner)
+    expected = train(model.net, ByHand(inner), data=ALL, schedulers=[scheduler], max_norm=0.5)
+    torch.testing.assert_close(values(ours), expected)
 
 
 def test_as_the_class_that_it_makes(tmp_path: Path) -> None:

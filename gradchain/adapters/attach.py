@@ -1,0 +1,435 @@
+"""``attach``: chains around the steps of an optimizer that exists, in place, through its hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from gradchain.adapters._construction import ATTACHED, check_group, complete_groups, hyperparameters, make_chains
+from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
+from gradchain.adapters._plan import SkippedStep
+from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters.optimizer import ParamTransformingOptimizer
+from gradchain.chain import Chain, chain
+from gradchain.transform import Group, State, Transform, is_same
+
+UNSCALES = "_step_supports_amp_scaling"
+"""The attribute by which a ``GradScaler`` knows that a step unscales gradients."""
+
+
+def attach(
+    optimizer: Optimizer,
+    *,
+    pre: Transform | None = None,
+    update: Transform | None = None,
+    post: Transform | None = None,
+    param_ndim: int | None = -1,
+    defaults: Mapping[str, Any] | None = None,
+) -> Attached:
+    """Put transforms around every step of an optimizer that exists, from now on.
+
+    The optimizer stays the object that schedulers, a ``GradScaler``, Lightning or a Trainer know, and its ``step``
+    makes the numbers that ``ParamTransformingOptimizer`` makes with the same chains: with a closure too, which is
+    transformed after every evaluation. Hyperparameters and ``param_ndim`` join the param groups; ``state_dict`` and
+    ``load_state_dict`` carry the states of the transforms, uncast, in the form that ``ParamTransformingOptimizer`` has.
+
+    Attaching twice composes: what was attached later comes later in each slot, as in ``chain(first, second)``, and the
+    second ``update`` comes before the first ``post``.
+
+    If a transform raises in a step, parameters and the states of the transforms are as they were before it. What
+    differs from ``ParamTransformingOptimizer`` comes from being inside of the step: if the optimizer itself raises, it
+    leaves what it has done; and when a transform skips the step, the optimizer makes one without gradients, of which
+    parameters and param groups, and with a closure its state too, are restored.
+
+    A fused optimizer leaves it to a ``GradScaler`` to unscale gradients as long as something is attached, and so waits
+    for the device once a step. Copies and pickles of an optimizer have no hooks, and so no transforms: attach to the
+    copy, and then load a copy of the state dict of the original. In a step that ``torch.compile`` compiles, what is
+    attached runs as it does elsewhere, between two graphs.
+
+    Args:
+        optimizer: Any optimizer. Of one that a framework has wrapped, the one inside.
+        pre: The transform of each gradient.
+        update: The transform of each displacement. It needs a copy of the parameters, which ``post`` can need too.
+        post: The transform of each parameter.
+        param_ndim: What the transforms act on, where a group does not say it; see ``broadcast``. The default, -1, is
+            each entry along the first dimension: each row of weights, but each element of a bias.
+        defaults: Further keys of the groups, with the values for those that lack them.
+
+    Returns:
+        What ends it: by ``remove()``, or at the end of a ``with`` block.
+
+    Raises:
+        TypeError: Something is of the wrong type, or ``optimizer`` has chains already, in another way.
+        ValueError: A value is out of range, ``param_ndim`` does not fit a parameter, or a key has two defaults.
+        RuntimeError: In a step: gradients are still scaled, which the optimizer would undo after the transforms.
+
+    Example:
+        >>> import torch
+        >>> from gradchain import clip_by_norm
+        >>> x = torch.tensor([0.0, 0.0], requires_grad=True)
+        >>> optimizer = torch.optim.SGD([x], lr=1.0)
+        >>> attached = attach(optimizer, pre=clip_by_norm(1.0), param_ndim=None)
+        >>> optimizer.param_groups[0]["clip_by_norm.max_norm"] = 0.5
+        >>> (x * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> optimizer.step()
+        >>> x
+        tensor([-0.3000, -0.4000], requires_grad=True)
+        >>> attached.remove()
+        >>> optimizer.step()
+        >>> "clip_by_norm.max_norm" in optimizer.param_groups[0]
+        False
+    """
+    hooks = _hooks_of(optimizer)
+    chains = make_chains(pre=pre, update=update, post=post)
+    own_defaults = {"param_ndim": param_ndim, **hyperparameters(chains), **(defaults or {})}
+    known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
+    if known:
+        raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
+    attached = Attached(hooks, chains, own_defaults)
+    hooks.add(attached)
+    return attached
+
+
+class Attached:
+    """Transforms around the steps of an optimizer, as long as they are not removed. Made by ``attach``.
+
+    Attributes:
+        optimizer: The optimizer.
+        pre: The chain of each gradient.
+        update: The chain of each displacement.
+        post: The chain of each parameter.
+        defaults: The keys that joined the param groups, with the values for those that lacked them.
+    """
+
+    def __init__(self, hooks: _Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any]) -> None:
+        self._hooks = hooks
+        self.optimizer = hooks.inner_opt
+        self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
+        self.defaults = dict(defaults)
+
+    def remove(self) -> None:
+        """Take the transforms, their hyperparameters and their states out of the optimizer; a second time, nothing."""
+        self._hooks.remove(self)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the ``with`` block, parameters have their averages; see ``ParamTransformingOptimizer.averaged``.
+
+        Example:
+            >>> import torch
+            >>> from gradchain import param_ema
+            >>> x = torch.tensor([1.0], requires_grad=True)
+            >>> optimizer = torch.optim.SGD([x], lr=1.0)
+            >>> attached = attach(optimizer, post=param_ema(0.5, debias=False))
+            >>> x.grad = torch.tensor([1.0])
+            >>> optimizer.step()
+            >>> with attached.averaged():
+            ...     print(x.item())
+            0.5
+            >>> x.item()
+            0.0
+        """
+        with self._hooks.engine.follow().averaged():
+            yield
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        slots = "".join(f", {slot}={members}" for slot in SLOTS if (members := getattr(self, slot)))
+        return f"attach({type(self.optimizer).__name__}{slots})"
+
+
+class _Hooks:
+    """All that is attached to an optimizer, as one chain a slot, and the hooks that run it."""
+
+    _hooked_slots: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.inner_opt = optimizer
+        self.pre = self.update = self.post = chain()
+        self.engine = Engine(self, TransformStates())
+        self.attached: list[Attached] = []
+        self.defaults: dict[str, Any] = {}
+        self._own_keys: list[set[str]] = []
+        """The keys that each group had by itself."""
+        self._undo: list[Callable[[], Any]] = []
+        self._saves_with_hooks = "_optimizer_state_dict_post_hooks" in optimizer.__dict__
+        self._running: _Running | None = None
+        self._loaded: TransformStates | None = None
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The param groups of the optimizer."""
+        return self.inner_opt.param_groups
+
+    def _run_hook(self, slot: str, member: Member) -> None:
+        """There are none."""
+
+    def add(self, attached: Attached) -> None:
+        """Let it act after all others."""
+        chains = {slot: chain(getattr(self, slot), getattr(attached, slot)) for slot in SLOTS}
+        hyperparameters(chains)
+        for key, value in attached.defaults.items():
+            if key in self.defaults and not is_same(value, self.defaults[key]):
+                raise ValueError(
+                    f'"{key}" is {self.defaults[key]!r} by what is attached already, and cannot be {value!r} too; give '
+                    "the same, with broadcast(t, n) around a transform that needs another param_ndim"
+                )
+        for index, group in enumerate(self.param_groups):
+            check_group(index, {**attached.defaults, **group}, chains)
+        optimizer = self.inner_opt
+        new = attached.defaults.keys() - self.defaults.keys() - optimizer.defaults.keys()
+        self._own_keys += [set() for _ in self.param_groups[len(self._own_keys) :]]
+        for group, own_keys in zip(self.param_groups, self._own_keys, strict=True):
+            own_keys |= new & group.keys()
+        if not self.attached:
+            self._replace_states(lambda slot, state: {})  # of what was attached to the optimizer that it is a copy of
+            self._register()
+        self.attached.append(attached)
+        self.defaults.update(attached.defaults)
+        optimizer.defaults.update(attached.defaults)
+        complete_groups(self.param_groups, self.defaults)
+        self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
+
+    def remove(self, attached: Attached) -> None:
+        """Leave the optimizer as if it had never been there."""
+        if attached not in self.attached:
+            return
+        index = self.attached.index(attached)
+        before, after = self.attached[:index], self.attached[index + 1 :]
+        starts = {slot: sum(len(getattr(each, slot)) for each in before) for slot in SLOTS}
+        gaps = {slot: range(starts[slot], starts[slot] + len(getattr(attached, slot))) for slot in SLOTS}
+        self._replace_states(lambda slot, state: _without(state, gaps[slot]))
+        self.attached = before + after
+        self.pre, self.update, self.post = (chain(*(getattr(e, slot) for e in self.attached)) for slot in SLOTS)
+        self.defaults = {key: value for each in self.attached for key, value in each.defaults.items()}
+        for key in attached.defaults.keys() - self.defaults.keys():
+            self.inner_opt.defaults.pop(key, None)
+            for number, group in enumerate(self.param_groups):
+                if number >= len(self._own_keys) or key not in self._own_keys[number]:
+                    group.pop(key, None)
+        while self._undo and not self.attached:
+            self._undo.pop()()
+
+    def _replace_states(self, change: Callable[[str, State], State]) -> None:
+        state, by_param = self.inner_opt.state, {}
+        for param, states in self.engine.follow().by_param.items():
+            changed = {slot: change(slot, each) for slot, each in states.items()}
+            by_param[param] = {slot: each for slot, each in changed.items() if each}
+        shown = self._shown()
+        for param in shown:
+            del state[param][KEY]
+        self.engine.reset(TransformStates({param: states for param, states in by_param.items() if states}))
+        self.engine.states.show_in(self.inner_opt, shown)
+        for param in shown:
+            if not state[param]:
+                del state[param]
+
+    def _shown(self) -> list[Tensor]:
+        """The parameters that have states of transforms in the optimizer."""
+        return [param for param, state in self.inner_opt.state.items() if isinstance(state, dict) and KEY in state]
+
+    def _register(self) -> None:
+        optimizer = self.inner_opt
+        optimizer.__dict__[ATTACHED] = self
+        self._undo = [partial(optimizer.__dict__.pop, ATTACHED)]
+        handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if self._saves_with_hooks:
+            handles += [
+                optimizer.register_state_dict_post_hook(self._after_saving),
+                optimizer.register_load_state_dict_pre_hook(self._before_loading),
+                optimizer.register_load_state_dict_post_hook(self._after_loading),
+            ]
+        self._undo += [handle.remove for handle in handles]
+        if getattr(optimizer, UNSCALES, False):
+            # Or a GradScaler would leave the gradients scaled, for a fused kernel, which comes after the hooks.
+            known = {key: value for key, value in optimizer.__dict__.items() if key == UNSCALES}
+            optimizer.__dict__[UNSCALES] = False
+            self._undo += [partial(optimizer.__dict__.update, known), partial(optimizer.__dict__.pop, UNSCALES)]
+
+    # The hooks
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._running is not None and self._running.goes_on():
+            self._running.within += 1
+            return None  # step calls super().step(), which calls the same hooks
+        self._running = None
+        return self._begin(_caller(), args, kwargs)
+
+    @_disable_dynamo
+    def _begin(self, frame: FrameType | None, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        complete_groups(self.param_groups, self.defaults)
+        if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
+            return None
+        _require_unscaled(self.inner_opt)
+        if not (self._saves_with_hooks or self.engine.states.by_param):
+            shown = {param: self.inner_opt.state[param][KEY] for param in self._shown()}
+            self.engine.give_states(TransformStates(shown))  # which may have been loaded
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and is_rehearsal(self.param_groups):
+            self._running = _Running(frame, self.engine.start)
+            return None
+        step = _HookedStep(self.engine, closure)
+        if closure is None:
+            step.transform_grads()
+        elif "closure" in kwargs:
+            kwargs = {**kwargs, "closure": step.evaluate}
+        else:
+            args = (args[0], step.evaluate, *args[2:])
+        self._running = _Running(frame, step.finish)
+        return args, kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._running is not None and self._running.within:
+            self._running.within -= 1
+        elif self._running is not None:
+            self._end(self._running)
+
+    @_disable_dynamo
+    def _end(self, running: _Running) -> None:
+        self._running = None
+        running.finish()
+
+    def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self.engine.follow().add_to(state_dict, self.engine.roster.members)
+
+    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
+        return bare
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        complete_groups(self.param_groups, self.defaults)
+        if self._loaded is not None:
+            self.engine.give_states(self._loaded)
+            self._loaded = None
+
+
+@dataclass
+class _Running:
+    """A step that has begun."""
+
+    frame: FrameType | None
+    """The one that calls the hooks."""
+    finish: Callable[[], Any]
+    within: int = 0
+    """How many steps have begun in it that belong to it."""
+
+    def goes_on(self) -> bool:
+        """Whether it has not ended, as it does without notice when the optimizer raises."""
+        frame = inspect.currentframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+class _HookedStep:
+    """A step from the inside, where it can be changed but not called off."""
+
+    def __init__(self, engine: Engine, closure: Callable[[], Any] | None) -> None:
+        self.engine = engine
+        self.closure = closure
+        self.step = Step(engine, with_closure=closure is not None)
+        self.skipped: SkippedStep | None = None
+        self.grads: list[Tensor | None] = []
+        self.groups: list[Group] = []
+
+    def transform_grads(self) -> None:
+        """Do all that precedes the step of the optimizer, if it has no closure."""
+        self._run(self.step.transform_grads)
+
+    def evaluate(self) -> Any:
+        """Call the closure and transform the gradients, unless the step is skipped."""
+        assert self.closure is not None
+        return self._run(self.step.transforming(self.closure)) if self.skipped is None else self.skipped.loss
+
+    def finish(self) -> None:
+        """Do all that comes after the step of the optimizer."""
+        if self.skipped is None:
+            self._run(self.step.finish)
+            return
+        roster = self.step.roster
+        for param, grad in zip(roster.params, self.grads, strict=True):
+            param.grad = grad
+        for group, values in zip(roster.groups, self.groups, strict=True):
+            group.clear()
+            group.update(values)
+        self.step.skip(self.skipped)
+
+    def _run(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except SkippedStep as skipped:
+            self._skip(skipped)
+            return skipped.loss
+        except BaseException:
+            self.step.undo()
+            raise
+
+    def _skip(self, skipped: SkippedStep) -> None:
+        """Hide the gradients: a hook cannot end the step, but without them there is nothing to do in it."""
+        step, roster = self.step, self.step.roster
+        self.skipped = skipped
+        step.undo()
+        if self.closure is not None and step.inner_state is None:
+            step.inner_state = self.engine.states.copy_beside(self.engine.owner.inner_opt.state)
+        self.grads = [param.grad for param in roster.params]
+        self.groups = [dict(group) for group in roster.groups]
+        for param in roster.params:
+            param.grad = None
+
+
+def _hooks_of(optimizer: Optimizer) -> _Hooks:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"attach needs a torch.optim.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, ParamTransformingOptimizer):
+        raise TypeError(f"{name} has chains already; put its transforms and yours in one chain(...)")
+    if "_gradchain_defaults" in optimizer.__dict__:
+        raise TypeError(
+            f"{name} is inside of a ParamTransformingOptimizer, which has chains already; put its transforms and yours "
+            "in one chain(...)"
+        )
+    if "_optimizer_step_pre_hooks" not in optimizer.__dict__:
+        raise TypeError(
+            f"{name} has no step hooks, since it is around another optimizer; attach to that, its .optimizer"
+        )
+    hooks: _Hooks = optimizer.__dict__.get(ATTACHED) or _Hooks(optimizer)
+    return hooks
+
+
+def _without(state: State, gap: range) -> State:
+    """The state of a chain without the stages in ``gap``."""
+    return {str(i - len(gap) * (i >= gap.stop)): state[str(i)] for i in map(int, state) if i not in gap}
+
+
+def _require_unscaled(optimizer: Optimizer) -> None:
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError(
+            f"gradients are still scaled, and {type(optimizer).__name__}.grad_scale undoes it after the transforms; "
+            "call scaler.unscale_(optimizer) before step(), or take ParamTransformingOptimizer"
+        )
+
+
+def _caller() -> FrameType | None:
+    """The frame that calls the function that calls this one; in a graph there is none."""
+    frame = None if torch.compiler.is_compiling() else inspect.currentframe()
+    for _ in range(2):
+        frame = None if frame is None else frame.f_back
+    return frame

@@ -1,0 +1,740 @@
+"""``attach``: the numbers of ``ParamTransformingOptimizer``, from the inside of a step that belongs to others."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import ExponentialLR, StepLR
+
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    Transform,
+    accumulate,
+    as_lr,
+    attach,
+    broadcast,
+    chain,
+    clamp,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_zscore,
+    ema,
+    normalize,
+    param_ema,
+    project_l2_ball,
+    scale,
+    sign,
+    skip_large,
+    skip_nonfinite,
+    trace,
+)
+from tests.cases import CASES
+
+INNER: dict[str, Callable[..., Optimizer]] = {
+    "SGD": partial(SGD, lr=0.1),
+    "SGD with momentum and decay": partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "SGD, fused": partial(SGD, lr=0.1, weight_decay=0.1, fused=True),  # momentum would need all gradients at once
+    "Adagrad": partial(Adagrad, lr=0.1, weight_decay=0.1),
+    "Adam": partial(Adam, lr=0.1, weight_decay=0.1),
+    "AdamW, foreach": partial(AdamW, lr=0.1, foreach=True),
+    "AdamW, fused": partial(AdamW, lr=0.1, fused=True),
+    "RMSprop": partial(RMSprop, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "LBFGS": partial(LBFGS, lr=0.1, max_iter=5),
+    "LBFGS with a line search": partial(LBFGS, max_iter=5, line_search_fn="strong_wolfe"),
+}
+WITHOUT_CLOSURE = [InnerOpt for name, InnerOpt in INNER.items() if "LBFGS" not in name]
+EVERYWHERE: dict[str, Any] = {
+    "pre": chain(ema(0.9), clip_by_global_norm(0.5)),
+    "update": chain(scale(0.5), trace(0.5)),
+    "post": chain(clamp(-1, 1), param_ema(0.9)),
+}
+
+
+def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 2), (4,), (2,))]
+
+
+def backward(params: list[nn.Parameter], step: int, factor: float = 1.0) -> Tensor:
+    """Gradients that depend on the step and the parameters; the last parameter gets its first one at step 4."""
+    generator = torch.Generator().manual_seed(step)
+    loss = torch.zeros(())
+    for param in params[: 3 if step >= 4 else 2]:
+        param.grad = None
+        target = torch.randn(param.shape, generator=generator).to(param.dtype)
+        loss = loss + factor * (param - target).square().sum()
+    loss.backward()
+    return loss.detach()
+
+
+def train(optimizer: Any, params: list[nn.Parameter], steps: range, *, bad: range = range(0)) -> list[Any]:
+    """Steps, with a closure where the optimizer needs one; ``bad`` ones have no finite gradient."""
+    with_closure = isinstance(getattr(optimizer, "inner_opt", optimizer), LBFGS)
+    losses = []
+    for k in steps:
+        factor = float("inf") if k in bad else 1.0
+        if with_closure:
+            losses.append(optimizer.step(lambda k=k, factor=factor: backward(params, k, factor)))
+        else:
+            backward(params, k, factor)
+            losses.append(optimizer.step())
+    return losses
+
+
+def wrapped(inner: Optimizer, **chains: Any) -> Optimizer:
+    return ParamTransformingOptimizer(InnerOpt=inner, **chains)
+
+
+def attached(inner: Optimizer, **chains: Any) -> Optimizer:
+    attach(inner, **chains)
+    return inner
+
+
+def run(
+    adapt: Callable[..., Optimizer], InnerOpt: Any, chains: dict[str, Any], steps: int = 6, bad: range = range(0)
+) -> Any:
+    """All that there is to see after some steps."""
+    params = make_params()
+    optimizer = adapt(InnerOpt(params[:1] if InnerOpt in LBFGS_LIKE else params), **chains)
+    losses = train(optimizer, params[: len(optimizer.param_groups[0]["params"])], range(steps), bad=bad)
+    return losses, params, [p.grad for p in params], optimizer.state_dict()["state"]
+
+
+LBFGS_LIKE = [InnerOpt for name, InnerOpt in INNER.items() if "LBFGS" in name]
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
+@pytest.mark.parametrize(
+    "chains",
+    [
+        {},
+        {"pre": clip_by_norm(0.5)},
+        {"pre": lambda t, group: t / (1 + t.abs())},
+        {"update": lambda t, group: 0.5 * t},
+        {"post": project_l2_ball(1.0), "param_ndim": None},
+        {"pre": chain(clip_by_zscore(2.5, warmup=2), accumulate(2))},
+        EVERYWHERE,
+    ],
+    ids=["nothing", "rule", "function", "update", "post", "shared state", "everywhere"],
+)
+def test_same_numbers(InnerOpt: Any, chains: dict[str, Any]) -> None:
+    assert_equal(run(attached, InnerOpt, chains), run(wrapped, InnerOpt, chains))
+
+
+@pytest.mark.parametrize("t", [case.transform for case in CASES if case.transform.stateful], ids=repr)
+def test_same_numbers_with_every_state(t: Transform) -> None:
+    slot = "post" if repr(t).startswith(("param_ema", "lookahead", "project_ball_around")) else "pre"
+    chains: dict[str, Any] = {slot: t, "param_ndim": None}
+    assert_equal(run(attached, INNER["Adam"], chains), run(wrapped, INNER["Adam"], chains))
+
+
+@pytest.mark.parametrize("pass_closure", [lambda o, c: o.step(c), lambda o, c: o.step(closure=c)])
+@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
+def test_a_closure(InnerOpt: Any, pass_closure: Callable[..., Any]) -> None:
+    found = []
+    for adapt in (attached, wrapped):
+        params = make_params()[:1]
+        optimizer = adapt(InnerOpt(params), **EVERYWHERE)
+        losses = [pass_closure(optimizer, lambda k=k, params=params: backward(params, k)) for k in range(4)]
+        found.append((losses, params, optimizer.state_dict()["state"]))
+    assert_equal(*found)
+
+
+def test_group_keys_of_the_wrapper_act_here_too() -> None:
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([{"params": [x], "grad_scale": 3.0}], lr=1.0)
+    x.grad = torch.ones(1)
+    attach(optimizer, pre=scale(2.0))
+    optimizer.step()
+    assert x.item() == -6.0
+
+
+# Skipped steps
+
+
+@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
+@pytest.mark.parametrize("bad", [range(2), range(3, 4)])
+def test_a_skipped_step_moves_nothing(InnerOpt: Any, bad: range) -> None:
+    chains = {"pre": chain(ema(0.9), skip_nonfinite(5)), "update": scale(0.5), "post": param_ema(0.9)}
+    for steps in range(bad.stop, 6):
+        _, params, grads, state = run(attached, InnerOpt, chains, steps, bad)
+        _, expected_params, expected_grads, expected_state = run(wrapped, InnerOpt, chains, steps, bad)
+        assert_equal([params, grads, state], [expected_params, expected_grads, expected_state])
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_an_evaluation_in_the_middle_skips_the_step(line_search_fn: Any) -> None:
+    params = make_params(torch.float64)[:1]
+    optimizer = LBFGS(params, max_iter=8, line_search_fn=line_search_fn)
+    handle = attach(optimizer, pre=skip_nonfinite(0), post=scale(0.5))
+    calls = 0
+
+    def closure(bad: int = -1) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return backward(params, calls, float("inf") if calls == bad else 1.0)
+
+    optimizer.step(closure)
+    assert calls > 4
+    before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
+    calls = 0
+    with pytest.raises(RuntimeError, match="pre: 1 steps in a row were skipped"):
+        optimizer.step(partial(closure, 3))
+    assert calls == 3
+    assert_equal([p.detach() for p in params], before)
+    now = optimizer.state_dict()["state"]
+    counters = now[0].pop("transforms"), state[0].pop("transforms")
+    assert [c["pre"]["0"]["total"].item() for c in counters] == [1, 0]
+    assert_equal(now, state)
+    handle.remove()
+
+
+def test_group_counters_do_not_advance_in_a_skipped_step() -> None:
+    class Counting(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1
+
+    x = nn.Parameter(torch.ones(2))
+    optimizer = Counting([x])
+    attach(optimizer, pre=skip_large(1.0, 5))
+    for value in (0.1, 9.0, 0.1):
+        x.grad = torch.full_like(x, value)
+        optimizer.step()
+        assert_equal(x.grad, torch.full_like(x, value))
+    assert optimizer.param_groups[0]["count"] == 2
+
+
+def test_too_many_skipped_steps() -> None:
+    x = nn.Parameter(torch.ones(2))
+    optimizer = Adam([x])
+    attach(optimizer, pre=skip_nonfinite(1))
+    x.grad = torch.full_like(x, torch.nan)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        optimizer.step()
+    assert x.tolist() == [1.0, 1.0]
+    assert x.grad is not None
+    assert optimizer.state_dict()["state"][0].keys() == {"transforms"}
+
+
+# Composition
+
+
+@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
+def test_twice_is_a_chain(InnerOpt: Any) -> None:
+    second: dict[str, Any] = {"pre": trace(0.5).named("second"), "update": clamp(-0.1, 0.1).named("short")}
+    second["post"] = chain(lambda t, group: 0.9 * t, project_l2_ball(1.5))
+
+    def attach_both(inner: Optimizer) -> Optimizer:
+        return attached(attached(inner, **EVERYWHERE), **second)
+
+    both = {slot: chain(EVERYWHERE[slot], second[slot]) for slot in EVERYWHERE}
+    assert_equal(run(attach_both, InnerOpt, {}), run(wrapped, InnerOpt, both))
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_states_stay_with_those_that_stay(removed: int) -> None:
+    params, others = make_params(), make_params()
+    optimizer, expected = Adam(params), Adam(others)
+    parts: list[dict[str, Any]] = [
+        {"pre": chain(sign(), ema(0.9)), "post": param_ema(0.9)},
+        {"pre": trace(0.5), "update": ema(0.8).named("late")},
+        {"pre": chain(accumulate(2), sign()), "post": project_l2_ball(1.0)},
+    ]
+    handles = [attach(optimizer, **part) for part in parts]
+    train(optimizer, params, range(5))
+    states = optimizer.state_dict()["state"]
+    count = copy.deepcopy(states[0]["transforms"])
+    handles[removed].remove()
+    for part in parts[:removed] + parts[removed + 1 :]:
+        attach(expected, **part)
+    stages = [range(0, 2), range(2, 3), range(3, 5)]
+    kept = [str(i) for part, at in enumerate(stages) if part != removed for i in at if str(i) in count["pre"]]
+    new = optimizer.state_dict()["state"][0]["transforms"]
+    assert_equal(list(new["pre"].values()), [count["pre"][key] for key in kept])
+    assert ("update" in new, "post" in new) == (removed != 1, removed != 0)
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for ours, theirs in zip(params, others, strict=True):
+        theirs.data.copy_(ours.data)
+    train(optimizer, params, range(5, 8))
+    train(expected, others, range(5, 8))
+    assert_equal([params, optimizer.state_dict()], [others, expected.state_dict()])
+
+
+def test_one_attached_in_the_middle_starts_there() -> None:
+    x = nn.Parameter(torch.tensor([8.0]))
+    optimizer = SGD([x], lr=1.0)
+    attach(optimizer, post=param_ema(0.5, debias=False))
+    x.grad = torch.tensor([2.0])
+    optimizer.step()
+    handle = attach(optimizer, pre=ema(0.5, debias=False), post=param_ema(0.5, debias=False))
+    with torch.no_grad():
+        x.fill_(4.0)  # such as a model that is loaded
+    optimizer.step()
+    post = optimizer.state[x]["transforms"]["post"]
+    assert [post[key]["average"].item() for key in "01"] == [5.0, 3.5]
+    with pytest.raises(ValueError, match="post keeps two averages"), handle.averaged():
+        pass
+
+
+# Groups, and what remove leaves
+
+
+def look(optimizer: Optimizer) -> Any:
+    hooks = [len(v) for k, v in vars(optimizer).items() if k.startswith("_optimizer_")]
+    apart = ("_optimizer_", "_need_device", "param_groups", "state", "defaults")
+    attributes = {k: v for k, v in vars(optimizer).items() if not k.startswith(apart)}
+    return copy.deepcopy((optimizer.param_groups, optimizer.defaults)), hooks, attributes
+
+
+@pytest.mark.parametrize("InnerOpt", WITHOUT_CLOSURE)
+def test_remove_restores_the_optimizer(InnerOpt: Any) -> None:
+    params, others = make_params(), make_params()
+    optimizer, bare = InnerOpt(params), InnerOpt(others)
+    optimizer.param_groups[0]["clamp.max"] = bare.param_groups[0]["clamp.max"] = 0.5
+    with attach(optimizer, pre=trace(0.5), defaults={"epsilon": 1.0}), attach(optimizer, **EVERYWHERE) as handle:
+        train(optimizer, params, range(3))
+        assert optimizer.param_groups[0]["epsilon"] == 1.0
+        handle.remove()
+        handle.remove()
+        assert "ema.decay" not in optimizer.param_groups[0]
+        assert optimizer.param_groups[0]["trace.decay"] == 0.5
+    for ours, theirs in zip(params, others, strict=True):
+        theirs.data.copy_(ours.data)
+    assert str(look(optimizer)) == str(look(bare)).replace(str(others), str(params))
+    assert not any("transforms" in state for state in optimizer.state.values())
+    assert all(optimizer.state.values())
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, params, range(3, 6))
+    train(bare, others, range(3, 6))
+    assert_equal(params, others)
+
+
+def test_remove_of_one_that_never_made_a_step() -> None:
+    optimizer = AdamW(make_params(), fused=True)
+    before = look(optimizer)
+    attach(optimizer, **EVERYWHERE).remove()
+    assert str(look(optimizer)) == str(before)
+
+
+def test_groups_and_their_hyperparameters() -> None:
+    xs = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups: list[dict[str, Any]] = [{"params": xs[:1]}, {"params": xs[1:2], "scale.factor": 5.0}]
+    optimizer = SGD(groups, lr=1.0)
+    handle = attach(optimizer, pre=scale(2.0))
+    optimizer.add_param_group({"params": xs[2:]})
+    optimizer.param_groups[0]["scale.factor"] = 3.0
+    for x in xs:
+        x.grad = torch.ones(1)
+    optimizer.step()
+    assert [x.item() for x in xs] == [-3.0, -5.0, -2.0]
+    handle.remove()
+    assert [group.get("scale.factor") for group in optimizer.param_groups] == [None, 5.0, None]
+
+
+def test_schedulers() -> None:
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([x], lr=1.0)
+    before = StepLR(optimizer, 1, gamma=0.5)  # which patches step
+    attach(optimizer, pre=scale(8.0))
+    after = ExponentialLR(as_lr(optimizer, "scale.factor"), 0.5)
+    for _ in range(2):
+        x.grad = torch.ones(1)
+        optimizer.step()
+        before.step()
+        after.step()
+    assert x.item() == -(8.0 + 0.5 * 4.0)
+    assert optimizer.param_groups[0]["scale.factor"] == 2.0
+
+
+def test_it_prints_as_the_call() -> None:
+    optimizer = SGD(make_params())
+    handle = attach(optimizer, pre=clip_by_norm(1.0), post=chain(clamp(max=1), sign()))
+    assert repr(handle) == "attach(SGD, pre=chain(clip_by_norm(max_norm=1.0)), post=chain(clamp(max=1), sign()))"
+    assert (handle.optimizer, handle.pre, handle.update) == (optimizer, chain(clip_by_norm(1.0)), chain())
+    assert handle.defaults == {"param_ndim": -1, "clip_by_norm.max_norm": 1.0, "clamp.min": None, "clamp.max": 1}
+
+
+# Checkpoints and copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("InnerOpt", WITHOUT_CLOSURE)
+@pytest.mark.parametrize(("save", "load"), [(attached, attached), (attached, wrapped), (wrapped, attached)])
+def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, save: Any, load: Any) -> None:
+    whole, params, fresh = (make_params(dtype) for _ in range(3))
+    expected = attached(InnerOpt(whole), **EVERYWHERE)
+    train(expected, whole, range(8))
+    first = save(InnerOpt(params), **EVERYWHERE)
+    train(first, params, range(3))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = load(InnerOpt(fresh), **EVERYWHERE)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for old, new in zip(params, fresh, strict=True):
+        new.data.copy_(old.data)
+    train(second, fresh, range(3, 8))
+    assert_equal([fresh, second.state_dict()["state"]], [whole, expected.state_dict()["state"]])
+    assert {value.dtype for value in second.state[fresh[0]]["transforms"]["update"]["1"].values()} == {torch.float32}
+
+
+def test_a_bare_checkpoint_gets_the_defaults() -> None:
+    x = nn.Parameter(torch.ones(1))
+    optimizer = SGD([x], lr=0.1)
+    attach(optimizer, pre=clip_by_norm(2.0))
+    optimizer.load_state_dict(SGD([x], lr=0.5).state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["clip_by_norm.max_norm"]) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["param_groups"][0].update({"ema.decay": 3.0}), "pre, group 0: stage 0, ema.*must be <"),
+        (lambda saved: saved["state"][0]["transforms"].update(pre={}), "loaded state is not one of chain"),
+        (lambda saved: saved["param_groups"].append(saved["param_groups"][0]), "different number of parameter groups"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(change: Callable[[Any], Any], message: str) -> None:
+    params = make_params()
+    optimizer = Adam(params)
+    attach(optimizer, **EVERYWHERE)
+    train(optimizer, params, range(3))
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_equal(optimizer.state_dict(), before)
+
+
+def test_hooks_of_others_on_state_dicts() -> None:
+    params = make_params()
+    optimizer = Adam(params)
+    optimizer.register_load_state_dict_pre_hook(lambda o, state_dict: {k: v for k, v in state_dict.items() if k != "x"})
+    attach(optimizer, **EVERYWHERE)
+    optimizer.register_state_dict_post_hook(lambda o, state_dict: {**state_dict, "x": 1})
+    train(optimizer, params, range(3))
+    saved = optimizer.state_dict()
+    assert saved["x"] == 1
+    assert saved["state"][0]["transforms"].keys() == {"pre", "update", "post"}
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_have_no_transforms_until_they_are_attached(copied: Callable[[Any], Any]) -> None:
+    params = make_params()
+    optimizer = Adam(params)
+    attach(optimizer, **EVERYWHERE)
+    train(optimizer, params, range(3))
+    others, other = copied((params, optimizer))
+    handle = attach(other, **EVERYWHERE)
+    assert all("transforms" not in state for state in other.state.values())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, params, range(3, 6))
+    train(other, others, range(3, 6))
+    assert_equal([others, other.state_dict()], [params, optimizer.state_dict()])
+    handle.remove()
+    assert other.param_groups[0].keys() == Adam(make_params()).param_groups[0].keys()
+    assert optimizer.param_groups[0]["ema.decay"] == 0.9
+
+
+def test_distributed_checkpoint() -> None:
+    def make() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = Adam(model.parameters(), lr=0.1)
+        attach(optimizer, pre=chain(normalize(), ema(0.9)), post=project_l2_ball(0.1))
+        return model, optimizer
+
+    model, optimizer = make()
+    train(optimizer, list(model.parameters()), range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other_model, other = make()
+    before = copy.deepcopy(other_model.state_dict())
+    get_optimizer_state_dict(other_model, other)  # which makes a step, to see the state
+    assert_equal(other_model.state_dict(), before)
+    set_optimizer_state_dict(other_model, other, saved)
+    other_model.load_state_dict(model.state_dict())
+    train(optimizer, list(model.parameters()), range(3, 5))
+    train(other, list(other_model.parameters()), range(3, 5))
+    assert_equal([other_model.state_dict(), other.state_dict()], [model.state_dict(), optimizer.state_dict()])
+
+
+def test_a_state_that_others_reset() -> None:
+    x = nn.Parameter(torch.ones(1))
+    optimizer = Adam([x])
+    attach(optimizer, pre=ema(0.9, debias=False))
+    for _ in range(3):
+        x.grad = torch.ones(1)
+        optimizer.step()
+    optimizer.state.clear()
+    x.grad = torch.ones(1)
+    optimizer.step()
+    assert x.grad.item() == pytest.approx(0.1)
+
+
+# Gradient scaling
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_fused_optimizer_leaves_unscaling_to_the_scaler(unscale: bool) -> None:
+    x = nn.Parameter(torch.zeros(1))
+    seen: list[float] = []
+
+    def spy(tensor: Tensor, group: Group) -> Tensor:
+        seen.append(tensor.item())
+        return tensor
+
+    optimizer: Any = Adam([x], fused=True)
+    handle = attach(optimizer, pre=spy, post=scale(0.5), param_ndim=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (3.0, float("inf"), 2.0):
+        before = x.item()
+        optimizer.zero_grad()
+        scaler.scale(factor * x.sum()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert (x.item() == before) == (factor == float("inf"))
+    assert seen == [3.0, 2.0]
+    assert optimizer._step_supports_amp_scaling is False
+    handle.remove()
+    assert vars(optimizer)["_step_supports_amp_scaling"] is True
+
+
+def test_a_class_that_unscales() -> None:
+    class Unscaling(SGD):
+        _step_supports_amp_scaling = True
+
+    optimizer = Unscaling(make_params())
+    with attach(optimizer, pre=sign()):
+        assert not optimizer._step_supports_amp_scaling
+    assert optimizer._step_supports_amp_scaling
+    assert "_step_supports_amp_scaling" not in vars(optimizer)
+
+
+def test_gradients_that_are_still_scaled() -> None:
+    params = make_params()
+    optimizer: Any = Adam(params, fused=True)
+    attach(optimizer, pre=sign())
+    backward(params, 0)
+    before = [p.detach().clone() for p in params]
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match=r"gradients are still scaled, .*scaler.unscale_\(optimizer\)"):
+        optimizer.step()
+    assert_equal([p.detach() for p in params], before)
+
+
+# Steps that fail, and steps within steps
+
+
+def fail() -> Tensor:
+    raise ArithmeticError("no")
+
+
+@pytest.mark.parametrize("slot", ["pre", "update", "post"])
+@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
+def test_a_failing_transform_changes_no_parameter(InnerOpt: Any, slot: str) -> None:
+    params = make_params()[:2] if InnerOpt not in LBFGS_LIKE else make_params()[:1]
+    broken = False
+    chains = {**EVERYWHERE, slot: chain(EVERYWHERE[slot], lambda t, group: fail() if broken else t)}
+    optimizer = InnerOpt(params)
+    attach(optimizer, **chains)
+    train(optimizer, params, range(2))
+    before = [p.detach().clone() for p in params]
+    states = copy.deepcopy({k: s["transforms"] for k, s in optimizer.state_dict()["state"].items()})
+    broken = True
+    with pytest.raises(ArithmeticError, match=rf"{slot}, group 0, parameter 0 of shape .*: stage \d, .*: no"):
+        train(optimizer, params, range(2, 3))
+    assert_equal([p.detach() for p in params], before)
+    assert_equal({k: s["transforms"] for k, s in optimizer.state_dict()["state"].items()}, states)
+    broken = False
+    train(optimizer, params, range(2, 4))
+
+
+def test_a_closure_that_fails_on_the_way_moves_nothing() -> None:
+    params = make_params()[:1]
+    before = params[0].detach().clone()
+    optimizer = LBFGS(params)
+    attach(optimizer, pre=clip_by_norm(1.0))
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return backward(params, calls) if calls < 4 else fail()
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(closure)
+    assert_equal(params[0].detach(), before)
+
+
+def test_an_optimizer_that_fails_does_not_spoil_the_next_step() -> None:
+    class Failing(SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise ArithmeticError("no")
+            return super().step(closure)
+
+    params, others = make_params(), make_params()
+    optimizer, expected = Failing(params, lr=0.1), SGD(others, lr=0.1)
+    attach(optimizer, pre=clip_by_norm(0.5), post=project_l2_ball(1.0))
+    attach(expected, pre=clip_by_norm(0.5), post=project_l2_ball(1.0))
+    backward(params, 0)
+    with pytest.raises(ArithmeticError) as caught:  # whose traceback keeps the frames
+        optimizer.step()
+    optimizer.fails = False
+    train(optimizer, params, range(3))
+    train(expected, others, range(3))
+    assert_equal(params, others)
+    assert caught.traceback
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_a_hooked_step(with_closure: bool) -> None:
+    class Twice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            return super().step()
+
+    SGD(make_params())  # hooks the step of the base class
+    chains: dict[str, Any] = {"pre": chain(scale(0.5), trace(0.9)), "update": scale(0.5), "post": param_ema(0.5)}
+    found = []
+    for adapt in (attached, wrapped):
+        params = make_params()
+        optimizer: Any = adapt(Twice(params, lr=0.1), **chains)
+        for k in range(3):
+            closure = partial(backward, params, k)
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        found.append((params, optimizer.state_dict()["state"]))
+    assert_equal(*found)
+
+
+def test_hooks_of_others_around_it() -> None:
+    x = nn.Parameter(torch.ones(1))
+    optimizer = SGD([x], lr=1.0)
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("before", x.grad.item())))  # type: ignore[union-attr]
+    attach(optimizer, pre=scale(2.0), post=scale(0.5).named("half"))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("between", x.grad.item())))  # type: ignore[union-attr]
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("after", x.item())))
+    x.grad = torch.ones(1)
+    optimizer.step()
+    assert seen == [("before", 1.0), ("between", 2.0), ("after", -0.5)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_a_compiled_step() -> None:
+    def compiled(inner: Any, **chains: Any) -> Any:
+        optimizer: Any = attached(inner, **chains)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return optimizer
+
+    torch.compiler.reset()
+    assert_equal(run(compiled, INNER["SGD"], EVERYWHERE), run(attached, INNER["SGD"], EVERYWHERE))
+
+
+def test_averages() -> None:
+    x = nn.Parameter(torch.tensor([4.0]))
+    optimizer = SGD([x], lr=1.0)
+    handle = attach(optimizer, post=param_ema(0.5, debias=False))
+    x.grad = torch.tensor([2.0])
+    optimizer.step()
+    with handle.averaged():
+        assert x.item() == 3.0
+    assert x.item() == 2.0
+
+
+# Errors at the start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
+        ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
+        ({"param_ndim": 2}, ValueError, "group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs"),
+        ({"param_ndim": 1.0}, TypeError, "group 0: param_ndim must be an int or None, got 1.0"),
+        ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; set them in its param groups"),
+        ({"defaults": {"clamp.max": -2}, "post": clamp(-1, 1)}, ValueError, "post, group 0: stage 0, clamp"),
+        (
+            {"pre": clamp(-1, 1), "post": clamp(0, 1)},
+            ValueError,
+            r'"clamp.min" has two defaults: -1 \(pre stage 0, clamp.*\) and 0 \(post stage 0, clamp.*\.named\(',
+        ),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    optimizer = SGD(make_params())
+    before = look(optimizer)
+    with pytest.raises(error, match=message):
+        attach(optimizer, **arguments)
+    assert str(look(optimizer)) == str(before)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"pre": clip_by_norm(2.0)}, r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\('),
+        ({"post": clip_by_norm(2.0)}, r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\('),
+        ({"param_ndim": None}, r'"param_ndim" is -1 by what is attached already, .* be None too; .*broadcast\(t, n\)'),
+        ({"defaults": {"epsilon": 2.0}}, '"epsilon" is 1.0 by what is attached already, and cannot be 2.0'),
+    ],
+)
+def test_a_second_that_does_not_fit_changes_nothing(second: dict[str, Any], message: str) -> None:
+    optimizer = SGD(make_params())
+    attach(optimizer, pre=clip_by_norm(1.0), defaults={"epsilon": 1.0})
+    before = look(optimizer)
+    with pytest.raises(ValueError, match=message):
+        attach(optimizer, **second)
+    assert str(look(optimizer)) == str(before)
+    attach(optimizer, pre=broadcast(clip_by_norm(1.0), None), defaults={"epsilon": 1.0})
+
+
+def test_optimizers_that_have_chains() -> None:
+    wrapper = ParamTransformingOptimizer(make_params(), pre=sign())
+    with pytest.raises(TypeError, match=r"ParamTransformingOptimizer has chains already; .*one chain\(\.\.\.\)"):
+        attach(wrapper, pre=sign())
+    with pytest.raises(TypeError, match="SGD is inside of a ParamTransformingOptimizer"):
+        attach(wrapper.inner_opt, pre=sign())
+    optimizer = SGD(make_params())
+    handle = attach(optimizer, pre=sign())
+    with pytest.raises(TypeError, match=r"InnerOpt, SGD, has attached transforms; call remove\(\)"):
+        ParamTransformingOptimizer(InnerOpt=optimizer)
+    handle.remove()
+    ParamTransformingOptimizer(InnerOpt=optimizer)
+
+
+def test_what_is_no_optimizer_or_only_looks_like_one() -> None:
+    class Around(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    with pytest.raises(TypeError, match=r"attach needs a torch.optim.Optimizer, got Linear"):
+        attach(nn.Linear(2, 2), pre=sign())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Around has no step hooks, .*attach to that, its .optimizer"):
+        attach(Around(SGD(make_params())), pre=sign())
