@@ -1,6 +1,8 @@
 """Pure, composable transforms of gradients, updates and parameters around any ``torch.optim`` step."""
 
+from gradchain.adapters.attach import Attached, attach
 from gradchain.adapters.functional import apply, init_state
+from gradchain.adapters.in_backward import InBackward, step_in_backward
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.adapters.scheduler import as_lr
 from gradchain.broadcast import broadcast, to_batch
@@ -43,8 +45,10 @@ from gradchain.transforms.update import (
 )
 
 __all__ = [
+    "Attached",
     "Explanation",
     "Group",
+    "InBackward",
     "ParamTransformingOptimizer",
     "State",
     "Transform",
@@ -54,6 +58,7 @@ __all__ = [
     "amplify_slow",
     "apply",
     "as_lr",
+    "attach",
     "broadcast",
     "cautious",
     "centralize",
@@ -102,6 +107,7 @@ __all__ = [
     "skip_large",
     "skip_nonfinite",
     "standardize",
+    "step_in_backward",
     "to_batch",
     "trace",
     "transform",

@@ -1,0 +1,214 @@
+"""``step_in_backward``: each parameter steps as soon as its gradient is there, so that one gradient lives at a time."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradchain.adapters._engine import SLOTS, Engine, Step
+from gradchain.adapters._states import Member, Roster, TransformStates
+from gradchain.adapters.optimizer import ParamTransformingOptimizer
+from gradchain.broadcast import Broadcast
+from gradchain.transform import BoundTransform, Combinator, Group, Stage, is_same
+
+
+def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
+    """Make the step of each parameter within the backward pass, and drop its gradient.
+
+    As soon as the gradient of a parameter is complete, the parameter makes the step that ``optimizer.step()`` would
+    make, with the same numbers, and its ``grad`` becomes None: the memory for gradients is that of one parameter. The
+    loop calls neither ``step`` nor ``zero_grad``. All else stays with the optimizer: param groups, schedulers, state,
+    ``averaged``, checkpoints, which fit one that steps in the usual way.
+
+    Every backward pass is a step: gradients can neither be accumulated over several, nor be clipped, unscaled by a
+    ``GradScaler`` or averaged by ``DistributedDataParallel`` before it. A parameter without a gradient gets no ``post``
+    either; one that is shared by segments of a reentrant ``torch.utils.checkpoint`` makes a step in each. Step hooks of
+    the optimizer do not run; those of the inner optimizer run for each parameter. Parameters that are added or unfrozen
+    later are left out until this is called again, which replaces what it did before.
+
+    If a transform raises, so does the backward pass, and the parameter and the states of its transforms are as they
+    were; parameters whose gradients came before have made their step, and the others make none.
+
+    Args:
+        optimizer: One whose transforms act on each tensor by itself, around an inner optimizer that does so, too.
+
+    Returns:
+        What ends it: by ``remove()``, or at the end of a ``with`` block.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``ParamTransformingOptimizer``.
+        ValueError: A transform needs a view over all tensors, or the inner optimizer needs a closure. In a backward
+            pass: the inner optimizer writes to its param group, which all parameters share.
+
+    Example:
+        >>> import torch
+        >>> from gradchain import clip_by_norm
+        >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), param_ndim=None, lr=0.5)
+        >>> with step_in_backward(optim):
+        ...     (x * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> x, x.grad
+        (tensor([0.7000, 0.6000], requires_grad=True), None)
+
+    References:
+        Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO),
+        https://arxiv.org/abs/2306.09782, 2023; the tutorial "How to save memory by fusing the optimizer step into the
+        backward pass", https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html.
+    """
+    if not isinstance(optimizer, ParamTransformingOptimizer):
+        raise TypeError(
+            f"step_in_backward needs a ParamTransformingOptimizer, got {type(optimizer).__name__}; wrap it: "
+            "ParamTransformingOptimizer(InnerOpt=...)"
+        )
+    closure = inspect.signature(optimizer.inner_opt.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer.inner_opt).__name__} evaluates a closure, which a backward pass is a part of; "
+            "call optimizer.step(closure)"
+        )
+    hooks = [_OneParameter(optimizer, m) for m in optimizer._engine.roster.members if m.param.requires_grad]
+    return InBackward(hook.register() for hook in hooks)
+
+
+class InBackward:
+    """Steps in the backward pass, as long as they are not removed. Made by ``step_in_backward``."""
+
+    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        """Leave gradients to ``optimizer.step()`` again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> InBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _OneParameter:
+    """A hook of a parameter, and the owner of chains that act on it alone, in its place in an optimizer."""
+
+    def __init__(self, optimizer: ParamTransformingOptimizer, member: Member) -> None:
+        self.optimizer = optimizer
+        self.member = member
+        self.inner_opt = _copy_for_one(optimizer.inner_opt)
+        self._start()
+
+    def register(self) -> RemovableHandle:
+        """Let the parameter call it, in place of an earlier one, as when the cell of a notebook runs again."""
+        hooks = self.member.param._post_accumulate_grad_hooks or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _OneParameter)]:
+            del hooks[key]
+        handle: RemovableHandle = self.member.param.register_post_accumulate_grad_hook(self)
+        return handle
+
+    def __call__(self, param: Tensor) -> None:
+        """Make the step of the parameter."""
+        try:
+            self._step()
+        finally:
+            param.grad = None
+
+    def _step(self) -> None:
+        if not all(map(is_, self._sources, self._look())):
+            self._start()
+        group = self.member.group
+        own_group = {**group, "params": [self.member.param]}
+        self.inner_opt.param_groups, self.inner_opt.state = [own_group], self.optimizer.inner_opt.state
+        step = Step(self._engine)
+        try:
+            step.transform_grads()
+            self.inner_opt.step()
+            step.finish()
+        except BaseException:
+            step.undo()
+            raise
+        for outer in (self.optimizer, self.optimizer.inner_opt):
+            outer.__dict__["_opt_called"] = True  # or a scheduler would warn that there was no step
+        changed = [key for key, value in group.items() if own_group[key] is not value and key != "params"]
+        written = [key for key in changed if not is_same(own_group[key], group[key])]
+        if written:
+            raise ValueError(
+                f"{self.member.place()}: {type(self.inner_opt).__name__} wrote {written} to its param group, for all "
+                "parameters together; step_in_backward needs an inner optimizer that acts on each by itself"
+            )
+
+    def _look(self) -> list[Any]:
+        """What it depends on, which a checkpoint that is loaded replaces."""
+        optimizer = self.optimizer
+        group = optimizer.param_groups[self.member.position[0]]
+        return [group, optimizer._engine.states, optimizer.pre, optimizer.update, optimizer.post]
+
+    def _start(self) -> None:
+        optimizer = self.optimizer
+        self.pre, self.update, self.post = optimizer.pre, optimizer.update, optimizer.post
+        for slot in SLOTS:
+            _require_local(getattr(self, slot), slot)
+        optimizer._complete_groups()
+        roster = copy.copy(optimizer._engine.roster)
+        self.member = roster.members[self.member.number]
+        roster.members, roster.params, roster.groups = [self.member], [self.member.param], [self.member.group]
+        self._engine = _EngineOfOne(self, roster, _StatesOfOne(optimizer._engine.states.by_param))
+        self._sources = self._look()
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The group, with this parameter alone."""
+        return self.inner_opt.param_groups
+
+    @property
+    def _hooked_slots(self) -> frozenset[str]:
+        return self.optimizer._hooked_slots
+
+    def _run_hook(self, slot: str, member: Member) -> None:
+        self.optimizer._run_hook(slot, member)
+
+
+class _EngineOfOne(Engine):
+    """Runs chains on one parameter, which has the number and the group that it has among all."""
+
+    def __init__(self, owner: Any, roster: Roster, states: TransformStates) -> None:
+        super().__init__(owner, states)
+        self._one = roster
+
+    @property
+    def roster(self) -> Roster:
+        """The parameter."""
+        return self._one
+
+
+class _StatesOfOne(TransformStates):
+    """The states of all parameters, of which a step changes those of one."""
+
+    def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
+        super().show_in(inner_opt, [param for group in inner_opt.param_groups for param in group["params"]])
+
+
+def _copy_for_one(inner_opt: Optimizer) -> Optimizer:
+    """A shallow copy. It has its own attributes, such as counters, as if it were made for one parameter."""
+    copied = object.__new__(type(inner_opt))
+    # Where a scheduler has patched "step", it is that of the original.
+    copied.__dict__.update({key: value for key, value in inner_opt.__dict__.items() if key != "step"})
+    return copied
+
+
+def _require_local(stage: Stage, place: str) -> None:
+    """Raise where a transform needs a view over all tensors."""
+    for inner_place, member in stage.places() if isinstance(stage, Combinator) else ():
+        _require_local(member, f"{place}: {inner_place}")
+    bound = stage.transform if isinstance(stage, Broadcast) else stage
+    if isinstance(bound, BoundTransform) and bound.definition.measure is not None:
+        raise ValueError(
+            f"{place}: it measures all tensors, of which a backward pass has one at a time; take one that acts on each "
+            "tensor, such as clip_by_norm for clip_by_global_norm, or call optimizer.step() after the backward pass"
+        )
