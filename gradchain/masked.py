@@ -24,7 +24,8 @@ def masked(transform: Transform, where: Where) -> Combinator:
         where: Which ones: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named parameters; a
             function of the group, ``(group) -> bool``, called for each parameter, which finds there the keys of the
             param group, ``"shape"``, ``"index"`` and, if it is known, ``"name"``; or a boolean tensor that broadcasts
-            to each parameter and selects entries. What is selected must not change while there is a state.
+            to each parameter and selects entries. An optimizer asks again when other parameters have gradients, and not
+            in every step. What is selected must not change while there is a state.
 
     Raises:
         TypeError: ``where`` is none of these.

@@ -56,7 +56,8 @@ class TransformFactory(Protocol[P]):
         The rule takes what the function takes, but lists: ``tensors``, real and of one dtype; ``group["param"]`` and
         ``group["grad"]``; and each entry of a state, stacked over sub-tensors, which it overwrites, too.
         ``group["dim"]`` are the dimensions that the function acts on: None for all of a tensor, else its last ones, as
-        negative numbers. The rule must not fail where its function does not.
+        negative numbers, and ``()`` for each element, which torch would take for all. The rule must not fail where its
+        function does not.
         """
         ...
 
@@ -268,6 +269,7 @@ class BoundTransform(Each):
     def __post_init__(self) -> None:
         defaults = {f"{self.prefix}.{name}": self.arguments[name] for name in self.definition.hyperparameters}
         object.__setattr__(self, "hyperparameters", defaults)
+        self.definition.read_annotations()
 
     @property
     def stateful(self) -> bool:  # type: ignore[override]
@@ -461,7 +463,9 @@ class _Definition:
         self.check: Callable[..., None] = lambda **arguments: None
         self.rule: Callable[..., None] | None = None
         self.factory = self._make_factory()
-        self._hints: dict[str, Any] | None = None  # not before the first call: annotations may name what comes later
+        self._hints: dict[str, Any] | None = None
+        self.takes_tensors = False
+        """Whether an argument can be a tensor that fits the one to be transformed."""
 
     def _make_factory(self) -> TransformFactory[...]:
         @functools.wraps(self.function)
@@ -489,15 +493,16 @@ class _Definition:
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
 
-    @property
-    def takes_tensors(self) -> bool:
-        """Whether an argument can be a tensor that fits the one to be transformed."""
-        self._hints = self._hints or get_type_hints(self.function, include_extras=True)
-        return any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
+    def read_annotations(self) -> None:
+        """Do what has to wait for the first call, since annotations may name what is defined later."""
+        if self._hints is None:
+            self._hints = get_type_hints(self.function, include_extras=True)
+            self.takes_tensors = any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
 
     def validate(self, arguments: Mapping[str, Any], prefix: str, *, read_tensors: bool = True) -> None:
         """Raise where an argument has the wrong type, is out of range, or does not fit the others."""
-        self._hints = self._hints or get_type_hints(self.function, include_extras=True)
+        self.read_annotations()
+        assert self._hints is not None
         unread = {name for name, value in arguments.items() if isinstance(value, Tensor) and not read_tensors}
         for name in arguments.keys() - unread:
             validate(f"{prefix}.{name}", self._hints.get(name, Any), arguments[name])

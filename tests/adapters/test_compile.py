@@ -1,0 +1,145 @@
+"""``torch.compile(optimizer.step)``: what the eager step does, with the graph breaks of the inner optimizer alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.optim import Adam, Optimizer
+from torch.testing import assert_close
+
+import gradchain as gc
+from gradchain import ParamTransformingOptimizer
+from gradchain.transform import BoundTransform, Group
+from tests.cases import CASES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def make_params() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (3,), (2, 3, 3))]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+    return params
+
+
+def breaks(step: Callable[[], Any]) -> set[str]:
+    """The reasons of graph breaks."""
+    counters.clear()
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(3):
+        compiled()
+    return {reason.split("\n")[0] for reason in counters["graph_break"]}
+
+
+def compare(make: Callable[[list[nn.Parameter]], Optimizer], steps: int = 3) -> None:
+    torch.compiler.reset()
+    results = []
+    for compiles in (False, True):
+        params = make_params()
+        optimizer = make(params)
+        step: Callable[[], Any] = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        for _ in range(steps):
+            step()
+        results.append([*params, *(param.grad for param in params)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager)
+
+
+CHAINS: list[dict[str, Any]] = [
+    {},
+    {"pre": gc.sign()},
+    {"pre": gc.chain(gc.zero_nonfinite(), gc.clip_by_global_norm(1.0), gc.ema(0.9))},
+    {"pre": gc.normalize(), "post": gc.project_l2_ball(1.0)},
+    {"pre": gc.masked(gc.scale(2.0), lambda group: len(group["shape"]) == 1)},
+    {"update": gc.chain(gc.cautious(), gc.decay_weights(0.1)), "post": gc.param_ema(0.9)},
+    {"pre": lambda tensor, group: tensor / (1 + tensor.abs())},
+]
+
+
+@pytest.mark.parametrize("chains", CHAINS, ids=str)
+def test_breaks_where_the_inner_optimizer_does(chains: dict[str, Any]) -> None:
+    bare = breaks(Adam(make_params(), lr=0.1).step)
+    torch.compiler.reset()
+    ours = breaks(ParamTransformingOptimizer(make_params(), Adam, lr=0.1, **chains).step)
+    assert ours <= bare
+    compare(lambda params: ParamTransformingOptimizer(params, Adam, lr=0.1, **chains))
+
+
+RULES = [
+    case
+    for case in CASES
+    if isinstance(case.transform, BoundTransform) and not {"compiles", "deterministic"} & case.skip
+]
+
+
+@pytest.mark.parametrize("start", range(0, len(RULES), 12))
+def test_every_rule(start: int) -> None:
+    def act(tensors: list[Tensor], states: list[Any]) -> None:
+        for case, tensor, state in zip(cases, tensors, states, strict=True):
+            transform = case.transform
+            assert isinstance(transform, BoundTransform)
+            view, _ = transform.measure([tensor], {}, state)
+            group = {**view, "dim": (-1,)}
+            own = [state] if state and not transform.shares_state else []
+            transform.act_in_place([tensor], group, context, own, transform.arguments)
+
+    # Whether to skip a step is read on the host, which ends a graph.
+    cases = [case for case in RULES[start : start + 12] if not repr(case.transform).startswith("skip_")]
+    context = {key: lambda: [torch.linspace(-1, 2, 6).reshape(2, 3)] for key in ("param", "grad")}
+    results = []
+    for function in (act, torch.compile(act, backend="eager", fullgraph=True)):
+        tensors = [torch.linspace(-2, 3, 6).reshape(2, 3) for _ in cases]
+        states = [case.transform.init(torch.ones(2, 3), {}) for case in cases]
+        function(tensors, states)
+        results.append([*tensors, *(value for state in states for value in state.values())])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager)
+
+
+def test_a_changing_tensor_does_not_recompile() -> None:
+    params = make_params()
+    optimizer = ParamTransformingOptimizer(
+        params, pre=gc.chain(gc.clip_by_norm(1.0), gc.scale(1.0)), post=gc.project_linf_ball(1.0), lr=0.1
+    )
+    values = {"clip_by_norm.max_norm": 0.5, "scale.factor": 2.0, "project_linf_ball.radius": 0.25, "lr": 0.1}
+    optimizer.param_groups[0].update({key: torch.tensor(value) for key, value in values.items()})
+    counter = CompileCounter()
+    step = torch.compile(optimizer.step, backend=counter)
+    step()
+    step()
+    graphs = counter.frame_count
+    for factor in (0.5, 0.25, 0.125):
+        for key in values:
+            optimizer.param_groups[0][key].mul_(factor)
+        step()
+    assert counter.frame_count == graphs
+    radius = optimizer.param_groups[0]["project_linf_ball.radius"]
+    assert all(param.detach().abs().max() <= radius for param in params)
+
+
+def test_a_compiled_function_of_ones_own() -> None:
+    @torch.compile(backend="eager", fullgraph=True)
+    def halve(tensor: Tensor, group: Group) -> Tensor:
+        return tensor / 2
+
+    compare(lambda params: ParamTransformingOptimizer(params, pre=lambda t, g: t / 2, lr=0.1))
+    x = torch.tensor([1.0], requires_grad=True)
+    x.sum().backward()
+    ParamTransformingOptimizer([x], pre=halve, lr=1.0).step()
+    assert x.item() == 0.5
