@@ -1,0 +1,20 @@
+"""``docs/environments.md`` names tests that exist, and quotes what the code or the README says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("file", "test"), sorted(set(re.findall(r"`(tests/\S+\.py)::(\w+)`", TABLE))))
+def test_cells_are_tests(file: str, test: str) -> None:
+    assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", sorted(set(re.findall(r'not supported: "(.*?)"', TABLE))))
+def test_limits_are_what_is_said(words: str) -> None:
+    sources = [ROOT / "README.md", *(ROOT / "gradchain").rglob("*.py")]
+    assert any(words in " ".join(source.read_text(encoding="utf-8").split()) for source in sources)
