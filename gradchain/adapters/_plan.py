@@ -211,9 +211,10 @@ class _InPlace(_Operation):
 
     def rehearse(self, items: Sequence[Item]) -> None:
         item = items[self.at[0]]
-        single = item.form.new_zeros(item.form.shape if self.bound.definition.takes_tensors else (1,) * item.form.ndim)
-        group = {**self.group, **item.identity, **dict.fromkeys(self.context, single)}
         try:
+            has_shape = any(isinstance(v, Tensor) and v.ndim for v in self.bound.read(self.group, self.dtype).values())
+            single = item.form.new_zeros(item.form.shape if has_shape else (1,) * item.form.ndim)
+            group = {**self.group, **item.identity, **dict.fromkeys(self.context, single)}
             # The function in place of the rule: its errors say what is wrong.
             self.bound.update(single, group, self.bound.init(single, {**group, "param": single}))
         except Exception as error:
