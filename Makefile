@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
-TESTS ?=
+TESTS ?= --ignore=tests/frameworks
 
 .PHONY: demo test lint bench clean
 

@@ -351,7 +351,7 @@ def _in_place(transform: Transform, tensor: Tensor, group: Group) -> bool | None
     bound = transform.transform if isinstance(transform, _FirstStep) else transform
     if not isinstance(bound, BoundTransform) or bound.definition.rule is None:
         return True
-    if not tensor.numel():
+    if not tensor.numel() or tensor.dtype is torch.float16:  # bfloat16 goes the same way
         return None
     strided = (2 * tensor).transpose(0, -1).contiguous().transpose(0, -1) if tensor.ndim else 2 * tensor
     # In an optimizer, what has no sub-tensors is given whole.
