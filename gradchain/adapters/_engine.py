@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +22,18 @@ from gradchain.transform import Group, locate
 
 SLOTS = ("pre", "update", "post")
 
+T = TypeVar("T")
+
 
 class Owner(Protocol):
     """What the chains belong to."""
 
-    inner_opt: Optimizer
     pre: Chain
     update: Chain
     post: Chain
+
+    @property
+    def inner_opt(self) -> Optimizer: ...
 
     @property
     def param_groups(self) -> list[Group]: ...
@@ -41,17 +46,48 @@ class Owner(Protocol):
         ...
 
 
+class Weak(Generic[T]):
+    """A reference that does not keep alive what it refers to; a copy refers to the copy of that.
+
+    An optimizer and what belongs to it refer to each other. If both references were strong, ``del optimizer`` would
+    leave the memory of all states to the garbage collector, which comes late.
+    """
+
+    def __init__(self, value: T) -> None:
+        self._reference = weakref.ref(value)
+
+    def __call__(self) -> T:
+        """The object itself."""
+        value = self._reference()
+        if value is None:
+            raise ReferenceError("the optimizer no longer exists; keep a reference to it as long as it is needed")
+        return value
+
+    @property
+    def exists(self) -> bool:
+        """Whether the object is still there."""
+        return self._reference() is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weak, (self(),)
+
+
 class Engine:
     """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
 
     def __init__(self, owner: Owner, states: TransformStates) -> None:
-        self.owner = owner
+        self._owner = Weak(owner)
         self.states = states
         self._stages: dict[str, tuple[Chain, Chain]] = {}
         self._plans: Plans | None = None
         self._roster: Roster | None = None
         for slot in SLOTS:
             self.stage(slot)
+
+    @property
+    def owner(self) -> Owner:
+        """What the chains belong to."""
+        return self._owner()
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -123,14 +159,16 @@ class Engine:
                     try:
                         known.of[slot] = self._make_plan(slot, roster, grads)
                     except Exception as error:
-                        _fail(error, slot, roster)
+                        _say_where(error, slot, roster)
+                        raise
             known.finish()
             self._plans = None if torch.compiler.is_compiling() else known
         for slot, plan in known.of.items():
             try:
                 plan.prepare()
             except Exception as error:
-                _fail(error, slot, roster)
+                _say_where(error, slot, roster)
+                raise
         return known
 
     def _make_plan(self, slot: str, roster: Roster, grads: Gradients) -> Plan:
@@ -301,7 +339,8 @@ class Step:
         try:
             plan.run(self.works[-1])
         except Exception as error:
-            _fail(error, slot, self.roster)
+            _say_where(error, slot, self.roster)
+            raise
 
     def _run_hooks(self, slot: str) -> None:
         for member in self.roster.members if slot in self.owner._hooked_slots else ():
@@ -317,11 +356,11 @@ class Step:
         return bool(self.owner._hooked_slots or self.owner.post or (with_closure and self.owner.pre))
 
 
-def _fail(error: Exception, slot: str, roster: Roster) -> NoReturn:
+def _say_where(error: Exception, slot: str, roster: Roster) -> None:
+    # Not raised in here: the traceback would hold the frame, and this its own ``error``, with all tensors of the step.
     failed = getattr(error, "failed_item", None)
     if not isinstance(error, SkippedStep):
         locate(error, slot if failed is None else f"{slot}, {roster.members[failed].place()}")
-    raise error
 
 
 def _make_grad_writable(member: Member) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -109,7 +109,8 @@ class Plan:
                 try:
                     operation.rehearse(items)
                 except Exception as error:
-                    operation.fail(error)
+                    operation.say_where(error)
+                    raise
 
     def prepare(self) -> None:
         """Read the hyperparameters, or raise where they are wrong."""
@@ -117,7 +118,8 @@ class Plan:
             try:
                 operation.prepare()
             except Exception as error:
-                operation.fail(error)
+                operation.say_where(error)
+                raise
 
     def run(self, work: Work) -> None:
         """Transform all tensors in place, and put new states into ``work``."""
@@ -127,7 +129,8 @@ class Plan:
                 try:
                     operation.run(work, part, tensors)
                 except Exception as error:
-                    operation.fail(error)
+                    operation.say_where(error)
+                    raise
         self.has_run = True
 
 
@@ -182,11 +185,10 @@ class _Operation(ABC):
     def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
         """Transform a part of the tensors in place."""
 
-    def fail(self, error: Exception) -> NoReturn:
-        """Raise ``error``, saying which stage it was."""
+    def say_where(self, error: Exception) -> None:
+        """Say in ``error`` which stage it was."""
         for chain, index in self.places if not isinstance(error, SkippedStep) else ():
             locate(error, chain.place(index))
-        raise error
 
 
 class _InPlace(_Operation):

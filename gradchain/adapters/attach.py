@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters._construction import ATTACHED, check_group, complete_groups, hyperparameters, make_chains
-from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
+from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
@@ -66,7 +66,7 @@ def attach(
         defaults: Further keys of the groups, with the values for those that lack them.
 
     Returns:
-        What ends it: by ``remove()``, or at the end of a ``with`` block.
+        What ends it: by ``remove()``, or at the end of a ``with`` block. It does not keep the optimizer alive.
 
     Raises:
         TypeError: Something is of the wrong type, or ``optimizer`` has chains already, in another way.
@@ -104,7 +104,6 @@ class Attached:
     """Transforms around the steps of an optimizer, as long as they are not removed. Made by ``attach``.
 
     Attributes:
-        optimizer: The optimizer.
         pre: The chain of each gradient.
         update: The chain of each displacement.
         post: The chain of each parameter.
@@ -112,14 +111,21 @@ class Attached:
     """
 
     def __init__(self, hooks: _Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any]) -> None:
-        self._hooks = hooks
-        self.optimizer = hooks.inner_opt
+        self._hooks = Weak(hooks)
+        self._optimizer = Weak(hooks.inner_opt)
+        self._name = type(hooks.inner_opt).__name__
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
         self.defaults = dict(defaults)
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; a ``ReferenceError`` if it no longer exists."""
+        return self._optimizer()
+
     def remove(self) -> None:
         """Take the transforms, their hyperparameters and their states out of the optimizer; a second time, nothing."""
-        self._hooks.remove(self)
+        if self._hooks.exists:
+            self._hooks().remove(self)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -139,7 +145,9 @@ class Attached:
             >>> x.item()
             0.0
         """
-        with self._hooks.engine.follow().averaged():
+        if not self._hooks.exists:
+            raise RuntimeError(f"{self!r} is removed, and its averages with it; call averaged() before remove()")
+        with self._hooks().engine.follow().averaged():
             yield
 
     def __enter__(self) -> Attached:
@@ -150,7 +158,7 @@ class Attached:
 
     def __repr__(self) -> str:
         slots = "".join(f", {slot}={members}" for slot in SLOTS if (members := getattr(self, slot)))
-        return f"attach({type(self.optimizer).__name__}{slots})"
+        return f"attach({self._name}{slots})"
 
 
 class _Hooks:
@@ -159,17 +167,24 @@ class _Hooks:
     _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.inner_opt = optimizer
+        self._optimizer = Weak(optimizer)
         self.pre = self.update = self.post = chain()
         self.engine = Engine(self, TransformStates())
         self.attached: list[Attached] = []
         self.defaults: dict[str, Any] = {}
         self._own_keys: list[set[str]] = []
         """The keys that each group had by itself."""
-        self._undo: list[Callable[[], Any]] = []
+        self._handles: list[RemovableHandle] = []
+        self._own_flag: dict[str, Any] = {}
+        """What the optimizer itself had of ``UNSCALES``."""
         self._saves_with_hooks = "_optimizer_state_dict_post_hooks" in optimizer.__dict__
         self._running: _Running | None = None
         self._loaded: TransformStates | None = None
+
+    @property
+    def inner_opt(self) -> Optimizer:
+        """The optimizer."""
+        return self._optimizer()
 
     @property
     def param_groups(self) -> list[Group]:
@@ -222,8 +237,8 @@ class _Hooks:
             for number, group in enumerate(self.param_groups):
                 if number >= len(self._own_keys) or key not in self._own_keys[number]:
                     group.pop(key, None)
-        while self._undo and not self.attached:
-            self._undo.pop()()
+        if not self.attached:
+            self._unregister()
 
     def _replace_states(self, change: Callable[[str, State], State]) -> None:
         state, by_param = self.inner_opt.state, {}
@@ -246,23 +261,28 @@ class _Hooks:
     def _register(self) -> None:
         optimizer = self.inner_opt
         optimizer.__dict__[ATTACHED] = self
-        self._undo = [partial(optimizer.__dict__.pop, ATTACHED)]
-        handles = [
+        self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         if self._saves_with_hooks:
-            handles += [
+            self._handles += [
                 optimizer.register_state_dict_post_hook(self._after_saving),
                 optimizer.register_load_state_dict_pre_hook(self._before_loading),
                 optimizer.register_load_state_dict_post_hook(self._after_loading),
             ]
-        self._undo += [handle.remove for handle in handles]
+        self._own_flag = {key: value for key, value in optimizer.__dict__.items() if key == UNSCALES}
         if getattr(optimizer, UNSCALES, False):
             # Or a GradScaler would leave the gradients scaled, for a fused kernel, which comes after the hooks.
-            known = {key: value for key, value in optimizer.__dict__.items() if key == UNSCALES}
             optimizer.__dict__[UNSCALES] = False
-            self._undo += [partial(optimizer.__dict__.update, known), partial(optimizer.__dict__.pop, UNSCALES)]
+
+    def _unregister(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        attributes = self.inner_opt.__dict__
+        attributes.pop(UNSCALES, None)
+        attributes.update(self._own_flag)
+        attributes.pop(ATTACHED)
 
     # The hooks
 
@@ -385,7 +405,7 @@ class _HookedStep:
     def _skip(self, skipped: SkippedStep) -> None:
         """Hide the gradients: a hook cannot end the step, but without them there is nothing to do in it."""
         step, roster = self.step, self.step.roster
-        self.skipped = skipped
+        self.skipped = skipped.with_traceback(None)  # whose frames hold this step
         step.undo()
         if self.closure is not None and step.inner_state is None:
             step.inner_state = self.engine.states.copy_beside(self.engine.owner.inner_opt.state)
