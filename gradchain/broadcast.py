@@ -99,6 +99,11 @@ class Broadcast(Each):
         self.stateful = stage.stateful
         self.shares_state = stage.shares_state
 
+    @property
+    def state_name(self) -> str:
+        """That of the transform."""
+        return self.stage.state_name
+
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""
         param_ndim = self.mapped_ndim(tensor, group)

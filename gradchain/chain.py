@@ -14,7 +14,8 @@ from gradchain.transform import Combinator, Group, State, Transform, locate, sho
 def chain(*transforms: Transform) -> Chain:
     """Compose transforms, applied from left to right.
 
-    A chain with stateful members is stateful: its state holds those of its members, by their position.
+    A chain with stateful members is stateful: its state holds those of its members, by their names, such as ``"ema"``
+    and, for the second one, ``"ema_2"``.
 
     Args:
         transforms: Any callables ``(tensor, group) -> tensor``. A chain among them is taken apart into its members,
@@ -45,10 +46,11 @@ class Chain(Combinator, Sequence[Transform]):
     """Transforms in order: itself a transform, and an immutable sequence of its members. Made by ``chain``."""
 
     name = "a chain"
+    state_name = "chain"
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first states of the stateful members, by their position."""
-        return {str(i): stage.init(tensor, group) for i, stage in enumerate(self.stages) if stage.stateful}
+        """The first states of the stateful members, by their names."""
+        return {key: self.stages[index].init(tensor, group) for index, key in self.keys.items()}
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -56,18 +58,18 @@ class Chain(Combinator, Sequence[Transform]):
         """Run all tensors through one stage after the other, so that each stage can measure all of them."""
         new_states: list[State] = [{} for _ in tensors]
         for index, stage in enumerate(self.stages):
-            key = str(index)
+            key = self.keys.get(index)
             try:
-                if stage.stateful and any(key not in state for state in states):
+                if key is not None and any(key not in state for state in states):
                     raise ValueError(
                         "the state has nothing for it; it comes from state = t.init(tensor, group), or the step before"
                     )
-                stage_states = [state[key] if stage.stateful else {} for state in states]
+                stage_states = [state[key] if key is not None else {} for state in states]
                 tensors, stage_states = stage.run(tensors, groups, stage_states)
             except Exception as error:
                 locate(error, self.place(index))
                 raise
-            if stage.stateful:
+            if key is not None:
                 for new_state, stage_state in zip(new_states, stage_states, strict=True):
                     new_state[key] = stage_state
         return list(tensors), new_states

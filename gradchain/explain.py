@@ -65,7 +65,7 @@ def explain(
         0.6000000238418579
     """
     if state is not None and not isinstance(transform, Chain):
-        state = {"0": state}
+        state = dict.fromkeys(chain(transform).keys.values(), state)
     # Copies, since a transform can hold a generator, and what breaks the rules can write to anything.
     stages, state = copy.deepcopy((chain(transform), state))
     tensor, group = tensor.detach().clone(), dict(group or {})
@@ -260,6 +260,10 @@ class _Watched(Combinator):
         self.label = label
         self.input = input
         self.record = record
+
+    @property
+    def state_name(self) -> str:
+        return self.stages[0].state_name
 
     def init(self, tensor: Tensor, group: Group) -> State:
         return self.stages[0].init(tensor, group)

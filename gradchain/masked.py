@@ -120,6 +120,11 @@ class Masked(Combinator):
         super().__init__([transform])
         self.where = where
 
+    @property
+    def state_name(self) -> str:
+        """That of the transform, whose state it is."""
+        return self.stages[0].state_name
+
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state of the transform, if the parameter is selected."""
         return self.stages[0].init(tensor, group) if self.selects(group) else {}
@@ -184,8 +189,9 @@ class Partition(Combinator):
         self.by = by
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state of the transform for this kind."""
-        return self.stages[self.kind(group)].init(tensor, group)
+        """The first state of the transform for this kind, by its name."""
+        kind = self.kind(group)
+        return {self.keys[kind]: self.stages[kind].init(tensor, group)} if kind in self.keys else {}
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -194,9 +200,10 @@ class Partition(Combinator):
         kinds = [self.kind(group) for group in groups]
         results, new_states = list(tensors), list(states)
         for kind, stage in enumerate(self.stages):
-            chosen = [i for i, each in enumerate(kinds) if each == kind]
-            for i, result, new_state in _run_some(stage, chosen, tensors, groups, states):
-                results[i], new_states[i] = result, new_state
+            chosen, key = [i for i, each in enumerate(kinds) if each == kind], self.keys.get(kind)
+            own = states if key is None else [state.get(key, {}) for state in states]
+            for i, result, new_state in _run_some(stage, chosen, tensors, groups, own):
+                results[i], new_states[i] = result, new_state if key is None else {key: new_state}
         return results, new_states
 
     def rebuild(self, members: Sequence[Transform]) -> Partition:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -175,6 +176,11 @@ class Stage(ABC):
     shares_state: bool
     """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
 
+    @property
+    @abstractmethod
+    def state_name(self) -> str:
+        """What its state is called within that of a chain, in checkpoints too."""
+
     @abstractmethod
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state for a parameter ``tensor``; empty where there is none to keep."""
@@ -240,6 +246,7 @@ class Function(Each):
 
     stateful = False
     shares_state = False
+    state_name = "function"
 
     def __init__(self, function: Transform) -> None:
         self.function = function
@@ -280,6 +287,11 @@ class BoundTransform(Each):
     def shares_state(self) -> bool:  # type: ignore[override]
         """Whether its state is one for all tensors of an optimizer."""
         return self.stateful and self.definition.measure is not None
+
+    @property
+    def state_name(self) -> str:
+        """The name of the factory, whatever its hyperparameters are called."""
+        return self.definition.name
 
     def named(self, prefix: str) -> BoundTransform:
         """Keep the hyperparameters under ``"<prefix>.<parameter>"``, apart from those of another such transform.
@@ -523,8 +535,15 @@ class Combinator(Stage):
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
         self.shares_state = any(stage.shares_state for stage in self.stages)
+        self.keys = _state_keys(self.stages)
+        """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
 
     name = "a combinator"
+
+    @property
+    def state_name(self) -> str:
+        """The name of the kind of combinator."""
+        return self.name
 
     @abstractmethod
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
@@ -546,6 +565,16 @@ class Combinator(Stage):
             except (TypeError, ValueError) as error:
                 locate(error, place)
                 raise
+
+
+def _state_keys(stages: Iterable[Stage]) -> dict[int, str]:
+    keys: dict[int, str] = {}
+    for index, stage in enumerate(stages):
+        if stage.stateful:
+            numbered = (f"{stage.state_name}_{number}" for number in itertools.count(2))
+            names = itertools.chain([stage.state_name], numbered)
+            keys[index] = next(name for name in names if name not in keys.values())
+    return keys
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

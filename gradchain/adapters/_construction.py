@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias
@@ -18,6 +19,12 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 
 ATTACHED = "_gradchain_attached"
 """The attribute by which an optimizer knows what is attached to it."""
+
+OF_OTHERS = {"params", "param_names", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""Keys of groups that are no hyperparameters of transforms: torch and its schedulers add them."""
+
+OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
+"""Keys that an adapter adds for all transforms, or beside them."""
 
 
 def make_inner(
@@ -91,6 +98,24 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
     except (TypeError, ValueError) as error:
         locate(error, place)
         raise
+
+
+def warn_of_unread(param_groups: Iterable[Group], saved_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
+    """Warn where saved groups have hyperparameters for which there is no transform, and lack those that there are."""
+    unread: dict[str, None] = {}
+    lacking: dict[str, None] = {}
+    for group, saved in zip(param_groups, saved_groups, strict=False):
+        if "param_ndim" in saved:  # or it is that of an optimizer without transforms
+            known = group.keys() | defaults.keys() | OF_OTHERS | OF_ANY
+            unread |= dict.fromkeys(key for key in saved if key not in known and not key.startswith("initial"))
+            lacking |= dict.fromkeys(sorted(defaults.keys() - saved.keys() - OF_ANY))
+    if unread and lacking:
+        warnings.warn(
+            f"the loaded param groups have the keys {list(unread)}, which nothing reads here, and lack the keys "
+            f"{list(lacking)}, which get their defaults; if these are the same hyperparameters, rename them in the "
+            "state dict, or name the transform as it was when it was saved, with .named",
+            stacklevel=4,
+        )
 
 
 def describe(group_index: int, group: Group, index: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
-from gradchain.adapters._construction import check_group
+from gradchain.adapters._construction import check_group, warn_of_unread
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
 from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
 from gradchain.broadcast import broadcast
@@ -123,11 +123,14 @@ class Engine:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
         owner, members = self.owner, self.roster.members
         states, bare = TransformStates.split(state_dict, members)
-        for slot in SLOTS:
-            states.require_form(slot, self.stage(slot), members)
         chains = {slot: getattr(owner, slot) for slot in SLOTS}
-        for index, (saved, group) in enumerate(zip(bare.get("param_groups", ()), owner.param_groups, strict=False)):
-            check_group(index, {**defaults, **saved, "params": group["params"]}, chains)
+        groups = dict(enumerate(owner.param_groups))
+        for index, saved in zip(groups, bare.get("param_groups", ()), strict=False):
+            groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
+            check_group(index, groups[index], chains)
+        members = [member._replace(group=groups[member.position[0]]) for member in members]
+        states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
+        warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
 
     def give_states(self, states: TransformStates) -> None:

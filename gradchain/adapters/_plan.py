@@ -447,7 +447,7 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
         found: list[_Operation] = []
         for index, member in enumerate(stage.stages):
             try:
-                below = _operations(member, items, at, (*path, str(index)) if member.stateful else path)
+                below = _operations(member, items, at, (*path, stage.keys[index]) if member.stateful else path)
             except Exception as error:
                 locate(error, stage.place(index))
                 raise
@@ -461,8 +461,9 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
     if isinstance(stage, Partition):
         kinds = {i: stage.kind({**items[i].group, **items[i].identity}) for i in at}
         parts = [[i for i in at if kinds[i] == kind] for kind in range(len(stage.stages))]
-        members = zip(stage.stages, parts, strict=True)
-        return [operation for member, part in members for operation in _operations(member, items, part, path)]
+        paths = [(*path, stage.keys[kind]) if kind in stage.keys else path for kind in range(len(parts))]
+        members = zip(stage.stages, parts, paths, strict=True)
+        return [operation for member, part, below in members for operation in _operations(member, items, part, below)]
     acting = [i for i in at if items[i].takes_part and items[i].form.numel()]
     if not acting:
         return []

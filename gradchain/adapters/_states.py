@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gradchain.adapters._construction import describe
 from gradchain.adapters._plan import map_state, own
 from gradchain.chain import Chain
-from gradchain.transform import Group, Stage, State, show
+from gradchain.transform import Group, Stage, State, locate, show
 
 ByParam: TypeAlias = dict[Tensor, State]
 
@@ -92,7 +92,7 @@ class TransformStates:
     def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
         """Make the first states of those that have none, or none of stages that the chain has got since."""
         if stage.stateful:
-            needed = {str(i) for i, each in enumerate(stage.stages) if each.stateful}
+            needed = set(stage.keys.values())
             for member in members:
                 states = self.by_param.setdefault(member.param, {})
                 known = states.get(slot, {})
@@ -169,15 +169,21 @@ class TransformStates:
         state: State = self.by_param.get(member.param, {}).get(slot, {})
         return state
 
-    def require_form(self, slot: str, stage: Stage, members: Iterable[Member]) -> None:
-        """Raise where a state has not the form that ``stage`` gives it."""
+    def require_fit(self, stages: Mapping[str, Stage], members: Iterable[Member]) -> None:
+        """Raise where a state is not one of the transforms in ``stages``, by slot."""
         for member in members:
-            state = self.by_param.get(member.param, {}).get(slot)
-            if state is not None and _form(state) != _form(first_state(slot, stage, member)):
+            states = self.by_param.get(member.param, {})
+            if not isinstance(states, dict) or not states.keys() <= stages.keys():
                 raise ValueError(
-                    f"{slot}, {member.place()}: the loaded state is not one of {show(stage)}, but of other transforms "
-                    "or another shape; load it into an optimizer with the chain that it was saved from"
+                    f"{member.place()}: the loaded states must be a dict with the slots {list(stages)}, "
+                    f"got {list(states) if isinstance(states, dict) else states!r}"
                 )
+            for slot, state in states.items():
+                try:
+                    _require_like(state, first_state(slot, stages[slot], member))
+                except ValueError as error:
+                    locate(error, f"{slot}, {member.place()}: the loaded state is not one of {show(stages[slot])}")
+                    raise
 
     def copy_beside(self, inner_state: Any) -> Any:
         """A copy of the state of the inner optimizer, with the same parameters and these states."""
@@ -210,11 +216,30 @@ def _find(state: State, key: str) -> list[State]:
     return [found for value in state.values() if isinstance(value, dict) for found in _find(value, key)]
 
 
-def _form(state: State) -> Any:
-    # A state that is one for all parameters has the dtype of the first.
-    return map_state(state, lambda value: (tuple(value.shape), value.is_floating_point()))
+def _require_like(state: Any, expected: State, *path: str) -> None:
+    """Raise where ``state`` does not have the keys of ``expected``, which name transforms too, or such tensors."""
+    place = ": ".join([*path, ""])
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise ValueError(
+            f"{place}it needs a dict with the keys {sorted(expected)}, "
+            f"got {sorted(map(str, state)) if isinstance(state, dict) else repr(state)}; "
+            "load it into an optimizer with the chain that it was saved from"
+        )
+    for key, first in expected.items():
+        value = state[key]
+        if isinstance(first, dict):
+            _require_like(value, first, *path, key)
+        # A state that is one for all parameters has the dtype of the first.
+        elif not isinstance(value, Tensor) or _kind(value) != _kind(first):
+            got = f"one of shape {_kind(value)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{place}{key!r} must be a tensor of shape {_kind(first)}, got {got}")
+
+
+def _kind(tensor: Tensor) -> str:
+    kind = "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
+    return f"{tuple(tensor.shape)}, {kind}"
 
 
 def _copy_to(state: Any, device: torch.device) -> Any:
     """A copy of ``state`` on ``device``, each tensor with its dtype."""
-    return map_state(state, lambda value: value.to(device, copy=True))
+    return map_state(state, lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value)

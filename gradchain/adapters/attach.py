@@ -226,11 +226,16 @@ class _Hooks:
             return
         index = self.attached.index(attached)
         before, after = self.attached[:index], self.attached[index + 1 :]
-        starts = {slot: sum(len(getattr(each, slot)) for each in before) for slot in SLOTS}
-        gaps = {slot: range(starts[slot], starts[slot] + len(getattr(attached, slot))) for slot in SLOTS}
-        self._replace_states(lambda slot, state: _without(state, gaps[slot]))
+        kept: dict[str, dict[str, str]] = {}
+        for slot in SLOTS:
+            start = sum(len(getattr(each, slot)) for each in before)
+            gap = range(start, start + len(getattr(attached, slot)))
+            old = [key for i, key in getattr(self, slot).keys.items() if i not in gap]
+            new = chain(*(getattr(each, slot) for each in before + after))
+            kept[slot] = dict(zip(old, new.keys.values(), strict=True))
+            setattr(self, slot, new)
+        self._replace_states(lambda slot, state: {new: state[old] for old, new in kept[slot].items() if old in state})
         self.attached = before + after
-        self.pre, self.update, self.post = (chain(*(getattr(e, slot) for e in self.attached)) for slot in SLOTS)
         self.defaults = {key: value for each in self.attached for key, value in each.defaults.items()}
         for key in attached.defaults.keys() - self.defaults.keys():
             self.inner_opt.defaults.pop(key, None)
@@ -432,11 +437,6 @@ def _hooks_of(optimizer: Optimizer) -> _Hooks:
         )
     hooks: _Hooks = optimizer.__dict__.get(ATTACHED) or _Hooks(optimizer)
     return hooks
-
-
-def _without(state: State, gap: range) -> State:
-    """The state of a chain without the stages in ``gap``."""
-    return {str(i - len(gap) * (i >= gap.stop)): state[str(i)] for i in map(int, state) if i not in gap}
 
 
 def _require_unscaled(optimizer: Optimizer) -> None:

@@ -303,8 +303,7 @@ class ErrorFeedback(Combinator):
     def init(self, tensor: Tensor, group: Group) -> State:
         """No error, and the first state of the transform."""
         tensor, group = widen(tensor, group)
-        (stage,) = self.stages
-        return {"error": torch.zeros_like(tensor), **({"inner": stage.init(tensor, group)} if stage.stateful else {})}
+        return {"error": torch.zeros_like(tensor), **self._inner(self.stages[0].init(tensor, group))}
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -318,8 +317,10 @@ class ErrorFeedback(Combinator):
             for (tensor, _), state in zip(wide, states, strict=True)
         ]
         wide_groups = [group for _, group in wide]
+        key = self.keys.get(0)
+        inner = [state["inner"][key] if key is not None else {} for state in states]
         try:
-            results, inner = stage.run(totals, wide_groups, [state.get("inner", {}) for state in states])
+            results, inner = stage.run(totals, wide_groups, inner)
         except Exception as error:
             failed = getattr(error, "failed_group", None)
             given = (group for group, wide_group in zip(groups, wide_groups, strict=True) if wide_group is failed)
@@ -328,10 +329,14 @@ class ErrorFeedback(Combinator):
             raise
         results = [result.to(tensor.dtype) for result, tensor in zip(results, tensors, strict=True)]
         new_states: list[State] = [
-            {"error": total - result if total.numel() else old["error"], **({"inner": new} if stage.stateful else {})}
+            {"error": total - result if total.numel() else old["error"], **self._inner(new)}
             for total, result, old, new in zip(totals, results, states, inner, strict=True)
         ]
         return results, new_states
+
+    def _inner(self, state: State) -> State:
+        """The state of the transform, by its name, if it has one."""
+        return {"inner": dict.fromkeys(self.keys.values(), state)} if self.keys else {}
 
     def place(self, index: int) -> str:
         """The words that say where the transform is: there is but one."""

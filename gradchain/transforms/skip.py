@@ -4,9 +4,9 @@ They belong in ``pre``. When one says that the step must not be made, ``ParamTra
 the state of the inner optimizer and the states of all other transforms as they were, and keeps the counters only. To
 know, the host reads one flag a step, so a GPU is waited for once a step, as ``GradScaler`` does it.
 
-The counters are in the state: ``optimizer.state_dict()["state"][0]["transforms"]["pre"]["0"]["total"]`` for parameter
-0 and a transform that is stage 0 of ``pre``, or, once the inner optimizer has made a step,
-``optimizer.state[p]["transforms"]["pre"]["0"]["total"]``:
+The counters are in the state, for parameter 0 and ``skip_nonfinite`` in ``pre``
+``optimizer.state_dict()["state"][0]["transforms"]["pre"]["skip_nonfinite"]``, or, once the inner optimizer has made a
+step, ``optimizer.state[p]["transforms"]["pre"]["skip_nonfinite"]``:
 
 ==============  ======================================================================================================
 ``in_a_row``    how many of the last steps were skipped, without a good one between

@@ -179,7 +179,7 @@ def test_structures(wrap: Callable[..., Any]) -> None:
     length = torch.stack([x.norm(), y.norm()]).norm()
     out, state = apply(t, wrap(x, y), state=init_state(t, wrap(x, y)))
     assert_same(out, wrap(0.1 * x / length, 0.1 * y / length))
-    assert_same(state, wrap({"1": {"calls": torch.tensor(1)}}, {"1": {"calls": torch.tensor(1)}}))
+    assert_same(state, wrap({"count_calls": {"calls": torch.tensor(1)}}, {"count_calls": {"calls": torch.tensor(1)}}))
     assert_same(apply(scale(2.0), wrap(x, y)), wrap(2 * x, 2 * y))
 
 
@@ -249,7 +249,7 @@ def test_a_state_for_all_advances_for_none_too() -> None:
         _, state = apply(t, gradient, param=params, state=state)
         assert_close(state["first.weight"], state["last.weight"])
     optim, _ = optimizer_steps("pre", t, params, late)
-    assert_close(state["first.weight"], optim.state_dict()["state"][0]["transforms"]["pre"]["0"])
+    assert_close(state["first.weight"], optim.state_dict()["state"][0]["transforms"]["pre"]["clip_by_zscore"])
 
 
 def test_empty_trees() -> None:
@@ -348,11 +348,11 @@ def test_ensemble_equals_a_loop() -> None:
         for _ in range(2):
             own, own_state = step(own, own_state)
         assert_close({name: param[number] for name, param in params.items()}, own)
-        assert_close({name: s["1"]["average"][number] for name, s in state.items()}, averages(own_state))
+        assert_close({name: s["ema"]["average"][number] for name, s in state.items()}, averages(own_state))
 
 
 def averages(state: Any) -> dict[str, Tensor]:
-    return {name: s["1"]["average"] for name, s in state.items()}
+    return {name: s["ema"]["average"] for name, s in state.items()}
 
 
 def test_compiles_to_one_graph() -> None:

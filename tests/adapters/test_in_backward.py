@@ -180,7 +180,7 @@ def test_step_with_neither_lr_nor_gradient_advances_states() -> None:
     optim = ParamTransformingOptimizer([x], pre=average(), lr=0.0)
     with step_in_backward(optim):
         x.square().sum().backward()
-    assert optim.state[x]["transforms"]["pre"]["0"]["count"] == 1
+    assert optim.state[x]["transforms"]["pre"]["average"]["count"] == 1
 
 
 def test_tied_parameters_make_one_step() -> None:

@@ -152,11 +152,11 @@ def test_states_by_hand() -> None:
     group: Group = {}
     t = chain(sign(), average())
     state = t.init(x, group)
-    assert set(state) == {"1"}
+    assert set(state) == {"average"}
     out, new_state = t.update(x, group, state)
     torch.testing.assert_close(out, torch.tensor([0.1, 0.1]))
-    assert state["1"]["count"].item() == 0
-    assert new_state["1"]["count"].item() == 1
+    assert state["average"]["count"].item() == 0
+    assert new_state["average"]["count"].item() == 1
     with pytest.raises(
         TypeError, match=r"chain\(sign\(\), average\(\)\) has a state.*state = t.init\(tensor, group\); tens"
     ):
@@ -191,10 +191,10 @@ def test_states_live_beside_those_of_the_inner_optimizer(InnerOpt: Any) -> None:
         kept = optim.state.get(ours, {})
         assert kept.keys() - {"transforms"} == inner.state.get(theirs, {}).keys()
         assert ("transforms" in kept) == (ours.grad is not None)
-    counts = [states["post"]["0"]["count"].item() for states in optim._engine.states.by_param.values()]
+    counts = [states["post"]["average"]["count"].item() for states in optim._engine.states.by_param.values()]
     assert counts == [3, 3, 3]
     assert [
-        states["pre"]["1"]["count"].item() for states in optim._engine.states.by_param.values() if "pre" in states
+        states["pre"]["average"]["count"].item() for states in optim._engine.states.by_param.values() if "pre" in states
     ] == [
         3,
         3,
@@ -224,7 +224,7 @@ def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, stop: int) -> N
     assert_equal(fresh, whole)
     assert_equal(fresh_optim.state_dict(), whole_optim.state_dict())
     dtypes = {
-        state["1"]["mean"].dtype
+        state["average"]["mean"].dtype
         for states in fresh_optim._engine.states.by_param.values()
         if (state := states.get("pre"))
     }
@@ -294,7 +294,7 @@ def test_states_advance_once_a_step_however_often_the_closure_is_called() -> Non
 
     optim.step(closure)
     assert evaluations > 2
-    assert [optim.state[x]["transforms"][slot]["0"]["count"].item() for slot in ("pre", "post")] == [1, 1]
+    assert [optim.state[x]["transforms"][slot]["average"]["count"].item() for slot in ("pre", "post")] == [1, 1]
 
 
 def test_post_starts_at_the_parameters_before_the_first_step() -> None:
@@ -319,7 +319,7 @@ def test_step_without_lr_and_gradients_moves_nothing(InnerOpt: Any) -> None:
         param.grad = torch.zeros_like(param)
     optim.step()
     assert_equal([param.detach() for param in params], before)
-    assert {states["pre"]["1"]["count"].item() for states in optim._engine.states.by_param.values()} == {0}
+    assert {states["pre"]["average"]["count"].item() for states in optim._engine.states.by_param.values()} == {0}
 
 
 def test_distributed_checkpoint() -> None:

@@ -7,25 +7,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import StepLR
 
 from gradchain import (
     Group,
     ParamTransformingOptimizer,
     State,
     add_noise,
+    amplify_slow,
+    attach,
     chain,
     clip_by_history,
     clip_by_norm,
     clip_by_zscore,
     ema,
+    extrapolate,
     lookahead,
     masked,
     param_ema,
     partition,
     project_l2_ball,
     project_l2_sphere,
+    sign,
     skip_nonfinite,
+    trace,
     transform,
     with_error_feedback,
 )
@@ -44,6 +50,12 @@ def step(optim: Any, *values: float | None) -> None:
     optim.step()
 
 
+def attach_to(params: Any, **chains: Any) -> Optimizer:
+    optimizer = SGD(params, lr=0.1)
+    attach(optimizer, **chains)
+    return optimizer
+
+
 def test_skipped_steps_in_a_row_are_those_of_the_optimizer() -> None:
     optim = ParamTransformingOptimizer(params(), Adam, pre=skip_nonfinite(1))
     step(optim, NAN, 1.0)
@@ -52,7 +64,7 @@ def test_skipped_steps_in_a_row_are_those_of_the_optimizer() -> None:
     step(optim, NAN, 1.0)
     with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
         step(optim, None, NAN)
-    totals = [states["pre"]["0"]["total"].item() for states in optim._engine.states.by_param.values()]
+    totals = [states["pre"]["skip_nonfinite"]["total"].item() for states in optim._engine.states.by_param.values()]
     assert totals == [3, 3]
 
 
@@ -127,23 +139,124 @@ def test_rehearsal_with_any_learning_rate(lr: Any) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+AMONG_OTHERS = masked(chain(sign(), amplify_slow(2.0, 0.9)), torch.tensor(True))
+OTHERS = masked(chain(sign(), extrapolate(0.9)), torch.tensor(True))
+
+
+# found: 4
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
+    ("saved", "loaded", "needed", "got"),
     [
-        (ema(0.9), lookahead(2, 0.5)),
-        (ema(0.9), chain(clip_by_norm(1.0), ema(0.9))),
-        (chain(ema(0.9), ema(0.9)), ema(0.9)),
+        (ema(0.9), lookahead(2, 0.5), ["lookahead"], ["ema"]),
+        (chain(ema(0.9), ema(0.9)), ema(0.9), ["ema"], ["ema", "ema_2"]),
+        (amplify_slow(2.0, 0.9), extrapolate(0.9), ["extrapolate"], ["amplify_slow"]),
+        (with_error_feedback(trace(0.5)), with_error_feedback(sign()), ["error"], ["error", "inner"]),
+        (
+            partition({"*": amplify_slow(2.0, 0.9)}),
+            partition({"*": extrapolate(0.9)}),
+            ["extrapolate"],
+            ["amplify_slow"],
+        ),
+        (
+            partition({"x*": ema(0.9), "y*": ema(0.9)}),
+            partition({"y*": ema(0.9), "x*": ema(0.9)}),
+            ["ema_2"],
+            ["ema"],
+        ),
+        (AMONG_OTHERS, OTHERS, ["extrapolate"], ["amplify_slow"]),
+        (ema(0.9), sign(), [], ["ema"]),
     ],
 )
-def test_checkpoint_of_another_chain(saved: Any, loaded: Any) -> None:
-    optim = ParamTransformingOptimizer(params(), pre=saved)
+def test_checkpoint_of_other_transforms(saved: Any, loaded: Any, needed: list[str], got: list[str]) -> None:
+    def make(pre: Any) -> ParamTransformingOptimizer:
+        return ParamTransformingOptimizer(zip(["x1", "x2"], params(), strict=True), pre=pre)
+
+    optim, other = make(saved), make(loaded)
     step(optim, 1.0, 1.0)
-    other = ParamTransformingOptimizer(params(), pre=loaded)
     step(other, 2.0, 2.0)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"pre, group 0, parameter 0 .*: the loaded state is not one of chain\("):
+    words = (
+        f"pre, group 0, parameter 0 'x1' .*: the loaded state is not one of .*: it needs .* keys {needed}, got {got}"
+    )
+    with pytest.raises(ValueError, match=words.replace("[", r"\[")):
         other.load_state_dict(optim.state_dict())
-    torch.testing.assert_close(other.state_dict(), before)
+    torch.testing.assert_close(other.state_dict()["state"], before["state"])
+
+
+# found: 4
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda s: s.update(prex=s.pop("pre")),
+            r"must be a dict with the slots \['pre', 'update', 'post'\], got \['prex'\]",
+        ),
+        (lambda s: s["pre"]["ema"].pop("average"), r"pre, group 0, .*: ema: it needs .*'weight'\], got \['weight'\]"),
+        (lambda s: s["pre"]["ema"].update(average=3), r"pre, group 0, .*: ema: 'average' must be a tensor .*, got 3"),
+        (lambda s: s["pre"].update(ema=[]), r"pre, group 0, .*: ema: it needs a dict with the keys .*, got \[\]"),
+        (
+            lambda s: s["pre"]["ema"].update(average=torch.ones(3)),
+            r"ema: 'average' must be a tensor of shape \(2,\), floating-point, got one of shape \(3,\), floating-point",
+        ),
+        (
+            lambda s: s["pre"]["ema"].update(average=torch.ones(2, dtype=torch.int64)),
+            r"ema: 'average' must be a tensor of shape \(2,\), floating-point, got one of shape \(2,\), integer",
+        ),
+        (lambda s: s.update(pre=None), r"pre, group 0, .*: it needs a dict with the keys \['ema'\], got None"),
+    ],
+)
+def test_corrupt_checkpoint(change: Any, words: str) -> None:
+    optim = ParamTransformingOptimizer(params(), pre=ema(0.9))
+    step(optim, 1.0, 1.0)
+    before, saved = copy.deepcopy(optim.state_dict()), copy.deepcopy(optim.state_dict())
+    change(saved["state"][0]["transforms"])
+    with pytest.raises(ValueError, match=words):
+        optim.load_state_dict(saved)
+    torch.testing.assert_close(optim.state_dict(), before)
+
+
+# found: 4
+def test_checkpoint_of_the_same_transforms_among_others() -> None:
+    optim = ParamTransformingOptimizer(params(), pre=chain(ema(0.9).named("slow"), ema(0.5).named("fast")))
+    step(optim, 1.0, 1.0)
+    loaded = copy.deepcopy(optim.state_dict())
+    other = ParamTransformingOptimizer(params(), pre=chain(clip_by_norm(1.0), ema(0.9), sign(), ema(0.5).named("fast")))
+    with pytest.warns(UserWarning, match=r"'slow.decay'"):
+        other.load_state_dict(loaded)
+    torch.testing.assert_close(other.state_dict()["state"], loaded["state"])
+
+
+# found: 30
+@pytest.mark.parametrize("wrap", [ParamTransformingOptimizer, attach_to])
+def test_checkpoint_with_keys_of_other_names(wrap: Any) -> None:
+    saved = ParamTransformingOptimizer(params(), pre=clip_by_norm(1.0).named("limit")).state_dict()
+    optim = wrap(params(), pre=clip_by_norm(2.0))
+    words = (
+        r"have the keys \['limit.max_norm'\], which nothing reads here, and lack the keys \['clip_by_norm.max_norm'\]"
+    )
+    with pytest.warns(UserWarning, match=words):
+        optim.load_state_dict(saved)
+    assert optim.param_groups[0]["clip_by_norm.max_norm"] == 2.0
+
+
+# found: 30
+def test_checkpoints_without_a_warning() -> None:
+    bare, fewer = SGD(params(), lr=0.1), ParamTransformingOptimizer(params(), pre=chain(clip_by_norm(1.0), sign()))
+    for saved in (bare, fewer):
+        StepLR(saved, 1)
+        other = ParamTransformingOptimizer(params(), pre=chain(clip_by_norm(1.0), ema(0.9)))
+        other.load_state_dict(saved.state_dict())
+    ParamTransformingOptimizer(params()).load_state_dict(fewer.state_dict())
+
+
+def test_checkpoint_with_another_param_ndim() -> None:
+    def make(param_ndim: int | None) -> ParamTransformingOptimizer:
+        return ParamTransformingOptimizer([nn.Parameter(torch.ones(3, 2))], pre=ema(0.9), param_ndim=param_ndim)
+
+    optim, other = make(None), make(-1)
+    step(optim, 1.0)
+    other.load_state_dict(optim.state_dict())
+    torch.testing.assert_close(other.state_dict(), optim.state_dict())
 
 
 def test_checkpoint_out_of_range_or_of_another_size() -> None:

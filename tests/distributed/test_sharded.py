@@ -144,7 +144,7 @@ def count_collectives() -> list[Any]:
         counts.append(mode.get_total_counts())
     optim = ParamTransformingOptimizer(params, pre=gc.trace(0.9), lr=0.1)
     optim.step()
-    traces = [optim.state[param]["transforms"]["pre"]["0"]["trace"] for param in params]
+    traces = [optim.state[param]["transforms"]["pre"]["trace"]["trace"] for param in params]
     return [counts, [trace.placements == p.placements for trace, p in zip(traces, params, strict=True)]]
 
 
@@ -175,7 +175,7 @@ def train_on_mesh() -> list[Any]:
         for given in (placed, partial) if layout is LAYOUTS[-1] else (placed,):
             for chains in MESH_CHAINS:
                 trained, states = train([param], [[grad] for grad in given], **chains)
-                results.append([trained[0].full_tensor(), states[0]["pre"]["0"]["average"].full_tensor()])
+                results.append([trained[0].full_tensor(), states[0]["pre"]["ema"]["average"].full_tensor()])
     return results
 
 
@@ -194,7 +194,7 @@ def test_meshes_of_two_dimensions(processes: Processes) -> None:
     expected = []
     for chains in MESH_CHAINS:
         trained, states = train([nn.Parameter(values(1)[0])], [[grad] for grad in values(3, seed=1)], **chains)
-        expected.append([trained[0], states[0]["pre"]["0"]["average"]])
+        expected.append([trained[0], states[0]["pre"]["ema"]["average"]])
     for result in processes.run(4, train_on_mesh):
         for actual, wanted in zip(result, itertools.cycle(expected), strict=False):
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
@@ -212,7 +212,7 @@ def fail() -> list[Any]:
     with pytest.raises(RuntimeError) as raised:
         optim.step()
     after = parts([param.detach() for param in module.parameters()])
-    state = optim.state_dict()["state"][0]["transforms"]["pre"]["0"]["average"]
+    state = optim.state_dict()["state"][0]["transforms"]["pre"]["ema"]["average"]
     return [str(raised.value), before, after, int(state.to_local().count_nonzero())]
 
 

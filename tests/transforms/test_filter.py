@@ -235,7 +235,9 @@ def test_states_advance_once_a_step_of_lbfgs() -> None:
 
     for step in range(1, 4):
         optim.step(closure)
-        weight, count = (leaves(optim.state_dict()["state"][0])[f"transforms.pre.{k}"] for k in ("0.weight", "1.count"))
+        weight, count = (
+            leaves(optim.state_dict()["state"][0])[f"transforms.pre.{k}"] for k in ("ema.weight", "accumulate.count")
+        )
         assert_close(weight.item(), 1 - 0.5**step)
         assert count == step
     assert evaluations >= 3
