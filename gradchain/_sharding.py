@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+SHARDS_SINCE = "2.12"
+"""The first version of torch whose ``DTensor`` passes the tests of ``tests/distributed``; 2.8 has wrong numbers."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -14,6 +18,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 def is_distributed(value: object) -> bool:
     """Whether it is a ``DTensor``; asked like this, since its module takes long to import."""
     return type(value) not in (Tensor, Parameter) and hasattr(value, "full_tensor")
+
+
+def require_shards(param: Tensor) -> None:
+    """Raise where a process has a part of ``param`` from which nothing right can be computed."""
+    if getattr(param, "_fsdp_flattened", False):  # as FullyShardedDataParallel marks them, with use_orig_params too
+        raise TypeError(
+            "a parameter of FullyShardedDataParallel is a flat piece that differs between processes, without the shape "
+            "of the whole, so that rows and norms would be wrong; shard the model with "
+            "torch.distributed.fsdp.fully_shard instead"
+        )
+    if is_distributed(param) and torch.__version__ < SHARDS_SINCE:
+        raise RuntimeError(
+            f"distributed parameters (DTensor) need torch {SHARDS_SINCE} or later, since earlier "
+            f"versions compute wrong numbers for them; got torch {torch.__version__}. Update torch, or replicate the "
+            "parameters"
+        )
 
 
 def gather(value: Any) -> Any:
@@ -39,13 +59,25 @@ def held(value: Any, like: Any = None) -> Any:
     return mine if mine.numel() else mine.new_zeros([max(size, 1) for size in mine.shape])
 
 
+NEUTRAL = {"sum": 0, "product": 1}
+"""What a process has that adds nothing to what the processes make together; for a mean or a maximum, all have all."""
+
+
 def distribute(whole: Tensor, like: Any) -> Any:
     """``whole``, which every process has, distributed like ``like``: nothing is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = like.device_mesh
+    mesh, placements = like.device_mesh, like.placements
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements)
+    placed = everywhere.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
+    if placed.placements == placements:
+        return placed
+    mine = placed.to_local()  # torch makes partial tensors of sharded ones only
+    for dim, placement in enumerate(placements):
+        neutral = NEUTRAL.get(placement.reduce_op) if placement.is_partial() else None
+        if neutral is not None and mesh.get_local_rank(dim) > 0:
+            mine = torch.full_like(mine, neutral)
+    return DTensor.from_local(mine, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def put_back(mine: Tensor, like: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim, sub_ndim
 from gradchain.chain import Chain, chain
 from gradchain.transform import Group, Transform, locate, merge_hyperparameters, require_transform
@@ -96,6 +97,24 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
             place = describe(group_index, group, index)
             sub_ndim(param.ndim, param_ndim)
     except (TypeError, ValueError) as error:
+        locate(error, place)
+        raise
+    check_support(group_index, group)
+
+
+def check_support(group_index: int, group: Group) -> None:
+    """Raise where no step of ``group`` can be right, whatever the chains are."""
+    place = f"group {group_index}"
+    try:
+        if group.get("differentiable"):
+            raise ValueError(
+                "differentiable must be False, since transforms write in place and no gradient flows through them; for "
+                "steps that are differentiated, call apply(transform, grads, group, param=params) in a functional loop"
+            )
+        for index, param in enumerate(group["params"]):
+            place = describe(group_index, group, index)
+            require_shards(param)
+    except Exception as error:
         locate(error, place)
         raise
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
-from gradchain.adapters._construction import check_group, warn_of_unread
+from gradchain.adapters._construction import check_group, check_support, warn_of_unread
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
 from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
 from gradchain.broadcast import broadcast
@@ -156,6 +156,8 @@ class Engine:
             and known.grads_form == grads.form
             and known.seen == known.look()
         ):
+            for index, group in enumerate(roster.groups):
+                check_support(index, group)  # which can have changed since construction
             known = Plans(chains, roster, grads.form)
             for slot, members in zip(SLOTS, chains, strict=True):
                 if members:
@@ -213,7 +215,7 @@ class Plans:
     def finish(self) -> None:
         """Sum up, when all are there."""
         self.is_trusted = all(plan.is_trusted for plan in self.of.values())
-        self.watched = {key for plan in self.of.values() for key in plan.watched}
+        self.watched = {"differentiable", *(key for plan in self.of.values() for key in plan.watched)}
         self.seen = self.look()
 
     def look(self) -> list[Any]:

@@ -17,6 +17,7 @@ from gradchain import (
     Group,
     ParamTransformingOptimizer,
     Transform,
+    attach,
     broadcast,
     chain,
     clamp,
@@ -131,6 +132,30 @@ def test_bad_group() -> None:
         groups: list[dict[str, Any]] = [{"params": [param(1.0)]}, {"params": [param(2.0)], **group}]
         with pytest.raises(ValueError, match=message):
             ParamTransformingOptimizer(groups, pre=clip_by_norm(1.0), post=clamp(-1, 1))
+
+
+# found: 9
+@pytest.mark.parametrize("in_group", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inner: ParamTransformingOptimizer(InnerOpt=inner, pre=scale(2.0)),
+        lambda inner: attach(inner, pre=scale(2.0)).optimizer,
+    ],
+)
+def test_differentiable_inner_optimizer(make: Callable[[Optimizer], Optimizer], in_group: bool) -> None:
+    message = r"differentiable must be False, .* call apply\(transform, grads, group, param=params\)"
+    params = [param(1.0), param(2.0, grad=[1.0])]
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "differentiable": True}]
+    with pytest.raises(ValueError, match="group [01]: " + message):
+        make(SGD(groups, lr=0.5) if in_group else SGD(params, lr=0.5, differentiable=True))
+    optim = make(SGD(params, lr=0.5))
+    optim.step()
+    assert params[1].item() == 1.0
+    optim.param_groups[0]["differentiable"] = True
+    with pytest.raises(ValueError, match="group 0: " + message):
+        optim.step()
+    assert params[1].item() == 1.0
 
 
 def test_bad_arguments_beside_an_instance_change_nothing() -> None:

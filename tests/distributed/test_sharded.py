@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.functional import mse_loss
+from torch.torch_version import TorchVersion
 
 import gradchain as gc
 from gradchain import Group, ParamTransformingOptimizer, State, chain, transform
+from gradchain._sharding import distribute
 from tests.distributed.common import BATCHES, Parameters, my_batches, set_gradients, sharded, step_gradients, train
 from tests.distributed.processes import Processes, join, parts
 
@@ -190,6 +192,7 @@ def values(count: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(5, 3, generator=generator) for _ in range(count)]
 
 
+# found: 37
 def test_meshes_of_two_dimensions(processes: Processes) -> None:
     expected = []
     for chains in MESH_CHAINS:
@@ -198,6 +201,29 @@ def test_meshes_of_two_dimensions(processes: Processes) -> None:
     for result in processes.run(4, train_on_mesh):
         for actual, wanted in zip(result, itertools.cycle(expected), strict=False):
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+def distribute_as_partial() -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    whole, results = values(1)[0], []
+    for op in ("sum", "avg", "max", "min", "product"):
+        for placements in ([Partial(op), Replicate()], [Shard(0), Partial(op)], [Partial(op), Partial(op)]):
+            settled = [Replicate() if placement.is_partial() else placement for placement in placements]
+            mine = distribute_tensor(whole, mesh, settled).to_local()
+            of_whole: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
+            like = DTensor.from_local(mine, mesh, placements, run_check=False, **of_whole)
+            distributed = distribute(whole, like)
+            assert distributed.placements == like.placements
+            results.append(distributed.full_tensor())
+    return results
+
+
+# found: 37
+def test_partial_tensors_are_made_of_whole_ones(processes: Processes) -> None:
+    for results in processes.run(4, distribute_as_partial):
+        assert len(results) == 15
+        for result in results:
+            torch.testing.assert_close(result, values(1)[0], rtol=0, atol=0)
 
 
 def refuse(tensor: Tensor, group: Group) -> Tensor:
@@ -222,6 +248,57 @@ def test_errors(processes: Processes) -> None:
         assert text.startswith("post, group 0, parameter 0 'params.0' of shape (7, 3), torch.float32: stage 0")
         assert not changed
     torch.testing.assert_close(join([r[1] for r in results]), join([r[2] for r in results]), rtol=0, atol=0)
+
+
+def refusals(use_orig_params: bool) -> list[str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    said = []
+    network = make_network()
+    early = ParamTransformingOptimizer(network.named_parameters(), pre=gc.clip_by_norm(1.0), lr=0.1)
+    wrapped = FullyShardedDataParallel(network, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    wrapped(torch.ones(2, 4)).sum().backward()
+    calls: list[Callable[[], Any]] = [
+        lambda: ParamTransformingOptimizer(wrapped.parameters(), pre=gc.clip_by_norm(1.0)),
+        lambda: gc.attach(torch.optim.SGD(wrapped.parameters()), pre=gc.clip_by_norm(1.0)),
+    ]
+    for call in calls + [early.step] * use_orig_params:  # else the parameters that it has are not those of the network
+        with pytest.raises(TypeError) as raised:
+            call()
+        said.append(str(raised.value))
+    return said
+
+
+# found: 6
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_flat_parameters_are_refused(processes: Processes, use_orig_params: bool) -> None:
+    for said in processes.run(2, refusals, use_orig_params):
+        assert len(said) == 2 + use_orig_params
+        for text in said:
+            assert text.startswith("group 0, parameter 0")
+            assert "shard the model with torch.distributed.fsdp.fully_shard instead" in text
+
+
+def refused_by_version(version: str) -> str:
+    params = list(sharded().parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", TorchVersion(version))
+        with pytest.raises(RuntimeError) as raised:
+            ParamTransformingOptimizer(params, pre=gc.scale(-0.5))
+        ParamTransformingOptimizer(Parameters().parameters(), pre=gc.scale(-0.5))
+        patch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+        ParamTransformingOptimizer(params, pre=gc.scale(-0.5))
+    return str(raised.value)
+
+
+# found: 37
+def test_a_torch_with_wrong_shards_is_refused(processes: Processes) -> None:
+    (text,) = processes.run(1, refused_by_version, "2.8.0+cpu")
+    assert text.startswith(
+        "group 0, parameter 0 of shape (7, 3), torch.float32: distributed parameters (DTensor) need "
+    )
+    assert "torch 2.12 or later" in text
+    assert "got torch 2.8.0+cpu" in text
 
 
 def make_network() -> nn.Sequential:
