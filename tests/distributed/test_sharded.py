@@ -103,7 +103,7 @@ def skip_steps() -> list[Any]:
         optim.step()
         seen.append(parts([param.detach() for param in module.parameters()]))
     states = optim.state_dict()["state"]
-    return [seen, [int(states[0]["transforms"]["pre"][key]["total"]) for key in ("1", "2")]]
+    return [seen, [int(states[0]["transforms"]["pre"][key]["total"]) for key in ("skip_nonfinite", "skip_large")]]
 
 
 def test_all_processes_skip(processes: Processes) -> None:
