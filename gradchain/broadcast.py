@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from torch import Tensor
@@ -150,6 +150,11 @@ class Broadcast(Each):
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.stage.check(group)
+
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
+        """The same around another transform; itself if nothing changes."""
+        stage = self.stage.replaced(change)
+        return self if stage is self.stage else Broadcast(stage, self.param_ndim)
 
     def mapped_ndim(self, tensor: Tensor, group: Group) -> int | None:
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""

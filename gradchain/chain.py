@@ -15,7 +15,8 @@ def chain(*transforms: Transform) -> Chain:
     """Compose transforms, applied from left to right.
 
     A chain with stateful members is stateful: its state holds those of its members, by their names, such as ``"ema"``
-    and, for the second one, ``"ema_2"``.
+    and, for the second one, ``"ema_2"``. Likewise the second transform of a kind has hyperparameter keys of its own,
+    ``"scale_2.factor"``; in an optimizer the count goes through ``pre``, ``update`` and ``post``.
 
     Args:
         transforms: Any callables ``(tensor, group) -> tensor``. A chain among them is taken apart into its members,
@@ -23,11 +24,11 @@ def chain(*transforms: Transform) -> Chain:
 
     Raises:
         TypeError: A member is not callable, or is a factory that was not called.
-        ValueError: Two members have one hyperparameter key with two defaults; ``.named(prefix)`` tells them apart.
+        ValueError: Two members have the same name, given by ``.named``, and different defaults.
 
     Example:
         >>> import torch
-        >>> from gradchain import clip_by_norm, sign
+        >>> from gradchain import clip_by_norm, scale, sign
         >>> signed_and_short = chain(sign(), clip_by_norm(1.0))
         >>> signed_and_short
         chain(sign(), clip_by_norm(max_norm=1.0))
@@ -35,6 +36,8 @@ def chain(*transforms: Transform) -> Chain:
         tensor([ 0.7071,  0.0000, -0.7071])
         >>> chain(signed_and_short, lambda tensor, group: 2 * tensor)(torch.tensor([1.0, 0.0]), {})
         tensor([2., 0.])
+        >>> chain(scale(0.9), sign(), scale(1.1)).hyperparameters
+        {'scale.factor': 0.9, 'scale_2.factor': 1.1}
     """
     members: list[Transform] = []
     for member in transforms:

@@ -64,7 +64,7 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
 
     Raises:
         TypeError: ``transforms`` is no mapping.
-        ValueError: Two transforms have one hyperparameter key with two defaults; ``.named(prefix)`` tells them apart.
+        ValueError: Two transforms have the same name, given by ``.named``, and different defaults.
             When called: the group has no such key, or a parameter is of no kind that there is.
 
     Example:

@@ -7,9 +7,10 @@ import inspect
 import itertools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_args, get_type_hints, overload
 
 import torch
@@ -208,6 +209,10 @@ class Stage(ABC):
         (result,), (new_state,) = self.run([tensor], [group], [state])
         return result, new_state
 
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
+        """The stage with ``change(transform)`` for each transform that a factory made; itself if nothing changes."""
+        return self
+
 
 class Each(Stage):
     """A stage that measures all tensors at most, and then acts on each by itself."""
@@ -271,6 +276,8 @@ class BoundTransform(Each):
     definition: _Definition
     arguments: Mapping[str, Any]
     prefix: str
+    is_named: bool = False
+    """Whether the prefix was given to it, and is not that of all transforms of its kind."""
     hyperparameters: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -294,7 +301,10 @@ class BoundTransform(Each):
         return self.definition.name
 
     def named(self, prefix: str) -> BoundTransform:
-        """Keep the hyperparameters under ``"<prefix>.<parameter>"``, apart from those of another such transform.
+        """Keep the hyperparameters under ``"<prefix>.<parameter>"``.
+
+        Transforms of the same kind have keys of their own without it, by their number: ``"clamp_2.min"``. With it the
+        keys stay the same when another transform joins the chain, and transforms of the same name share them.
 
         Example:
             >>> from gradchain import clamp
@@ -303,7 +313,11 @@ class BoundTransform(Each):
         """
         if not (isinstance(prefix, str) and prefix):
             raise TypeError(f"{self!r}.named(prefix) needs a non-empty string, got {prefix!r}")
-        return replace(self, prefix=prefix)
+        return replace(self, prefix=prefix, is_named=True)
+
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> BoundTransform:
+        """``change(self)``."""
+        return change(self)
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state for a parameter ``tensor``; empty where there is none to keep."""
@@ -425,7 +439,7 @@ class BoundTransform(Each):
             return NotImplemented
         return (
             self.definition is other.definition
-            and self.prefix == other.prefix
+            and (self.prefix, self.is_named) == (other.prefix, other.is_named)
             and all(is_same(value, other.arguments[name]) for name, value in self.arguments.items())
         )
 
@@ -434,11 +448,11 @@ class BoundTransform(Each):
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix)
+        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix, self.is_named)
 
 
-def _rebuild(factory: Any, arguments: dict[str, Any], prefix: str) -> BoundTransform:
-    return BoundTransform(factory.definition, arguments, prefix)
+def _rebuild(factory: Any, arguments: dict[str, Any], prefix: str, is_named: bool) -> BoundTransform:
+    return BoundTransform(factory.definition, arguments, prefix, is_named)
 
 
 class _Definition:
@@ -531,7 +545,7 @@ class Combinator(Stage):
 
     def __init__(self, members: Iterable[Transform]) -> None:
         self.members = tuple(require_transform(m, f"member {i} of {self.name}") for i, m in enumerate(members))
-        self.stages = tuple(as_stage(member) for member in self.members)
+        self.stages: tuple[Stage, ...] = tuple(number_keys(map(as_stage, self.members)))
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
         self.shares_state = any(stage.shares_state for stage in self.stages)
@@ -548,6 +562,11 @@ class Combinator(Stage):
     @abstractmethod
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
         """The same with other members."""
+
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
+        """The same with other members; itself if nothing changes."""
+        members = [member.replaced(change) if isinstance(member, Stage) else member for member in self.members]
+        return self if all(map(is_, members, self.members)) else self.rebuild(members)
 
     def place(self, index: int) -> str:
         """The words that say where a member is."""
@@ -605,6 +624,31 @@ def require_transform(value: object, place: str) -> Transform:
     return cast("Transform", value)
 
 
+def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[Stage]:
+    """The stages, in which no two transforms share the keys of their hyperparameters, unless a common name says so.
+
+    The first transform of a kind keeps its prefix, ``"scale"``, the second one gets ``"scale_2"``, and so on, without
+    the prefixes that are ``taken``. Those with a name of their own keep it.
+    """
+    stages, used = list(stages), set(taken)
+
+    def note(transform: BoundTransform) -> BoundTransform:
+        used.update({transform.prefix} if transform.is_named else ())
+        return transform
+
+    def number(transform: BoundTransform) -> BoundTransform:
+        if transform.is_named or not transform.hyperparameters:
+            return transform
+        prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
+        free = next(prefix for prefix in prefixes if prefix not in used)
+        used.add(free)
+        return transform.named(free)
+
+    for stage in stages:
+        stage.replaced(note)
+    return [stage.replaced(number) for stage in stages]
+
+
 def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]:
     """The hyperparameters of all stages; one key with two defaults is an error that names both places."""
     merged: dict[str, Any] = {}
@@ -615,7 +659,7 @@ def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]
             if value is not known and not is_same(value, known):
                 raise ValueError(
                     f'the hyperparameter "{key}" has two defaults: {merged[key]!r} ({origin[key]}) and {value!r} '
-                    f'({place}). Give one of them keys of its own, for example with .named("grad").'
+                    f"({place}). Give one of the two another name with .named(prefix)."
                 )
             origin.setdefault(key, place)
     return merged

@@ -3,12 +3,26 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gradchain import Group, broadcast, chain, clamp, clip_by_norm, reject_from_param, scale, sign
+from gradchain import (
+    Group,
+    broadcast,
+    chain,
+    clamp,
+    clip_by_norm,
+    freeze,
+    masked,
+    partition,
+    reject_from_param,
+    scale,
+    sign,
+    with_error_feedback,
+)
 
 X = torch.tensor([-2.0, 0.0, 3.0])
 
@@ -59,19 +73,62 @@ def test_merges_hyperparameters() -> None:
         "clamp.max": 1,
         "scale.factor": 2.0,
     }
-    assert chain(scale(2.0), halve, scale(2.0)).hyperparameters == {"scale.factor": 2.0}
 
 
-def test_one_key_with_two_defaults() -> None:
+# found: 27
+@pytest.mark.parametrize(
+    ("whole", "factors"),
+    [
+        (chain(scale(0.9), sign(), scale(1.1)), {"scale": 0.9, "scale_2": 1.1}),
+        (chain(scale(2.0), halve, scale(2.0)), {"scale": 2.0, "scale_2": 2.0}),
+        (chain(chain(scale(1.0), scale(2.0)), scale(3.0)), {"scale": 1.0, "scale_2": 2.0, "scale_3": 3.0}),
+        (chain(scale(2.0), broadcast(scale(3.0), 1)), {"scale": 2.0, "scale_2": 3.0}),
+        (chain(scale(2.0), masked(scale(3.0), "a")), {"scale": 2.0, "scale_2": 3.0}),
+        (
+            chain(scale(2.0), freeze("a"), masked(chain(scale(3.0), scale(4.0)), torch.tensor(True))),
+            {"scale": 2.0, "scale_2": 3.0, "scale_3": 4.0},
+        ),
+        (
+            chain(partition({"a": scale(1.0), "*": scale(2.0)}), with_error_feedback(chain(scale(3.0), scale(4.0)))),
+            {"scale": 1.0, "scale_2": 2.0, "scale_3": 3.0, "scale_4": 4.0},
+        ),
+        (broadcast(chain(scale(1.0), masked(scale(2.0), "a")), 1), {"scale": 1.0, "scale_2": 2.0}),
+        (chain(scale(1.0), scale(2.0).named("second"), scale(3.0)), {"scale": 1.0, "second": 2.0, "scale_2": 3.0}),
+        (chain(scale(1.0), scale(2.0).named("scale")), {"scale_2": 1.0, "scale": 2.0}),
+        (chain(scale(1.0), scale(2.0), scale(3.0).named("scale_2")), {"scale": 1.0, "scale_3": 2.0, "scale_2": 3.0}),
+        (chain(scale(2.0).named("a"), scale(2.0).named("a")), {"a": 2.0}),
+    ],
+    ids=repr,
+)
+def test_the_second_of_a_kind_has_keys_of_its_own(whole: Any, factors: dict[str, float]) -> None:
+    assert whole.hyperparameters == {f"{prefix}.factor": factor for prefix, factor in factors.items()}
+
+
+# found: 27
+def test_the_members_of_a_chain_with_two_of_a_kind_are_what_was_given() -> None:
+    whole = chain(scale(0.9), sign(), scale(1.1))
+    assert whole[2] == scale(1.1)
+    assert repr(whole) == "chain(scale(factor=0.9), sign(), scale(factor=1.1))"
+    assert chain(whole[2]).hyperparameters == {"scale.factor": 1.1}
+    for copied in (pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole)):
+        assert copied == whole
+        assert copied.hyperparameters == whole.hyperparameters
+    assert torch.allclose(whole(X, {}), torch.tensor([-1.1, 0.0, 1.1]))
+    assert torch.allclose(whole(X, {"scale.factor": 5.0, "scale_2.factor": 2.0}), torch.tensor([-2.0, 0.0, 2.0]))
+    assert torch.allclose(chain(scale(1.0), masked(scale(1.0), "a"))(X, {"name": "a", "scale_2.factor": 2.0}), 2 * X)
+    with pytest.raises(ValueError, match=r"stage 1, clip_by_norm\(max_norm=2.0\): clip_by_norm_2.max_norm must be > 0"):
+        chain(clip_by_norm(1.0), clip_by_norm(2.0)).check({"clip_by_norm_2.max_norm": 0})
+
+
+def test_one_name_with_two_defaults() -> None:
     message = (
-        r'"clamp.max" has two defaults: 1 \(stage 0, clamp\(min=-1, max=1\)\) and 2 '
-        r"\(stage 2, clamp\(min=-1, max=2\)\)\. .*\.named\("
+        r'"a.max" has two defaults: 1 \(stage 0, clamp\(min=-1, max=1\).named\(\'a\'\)\) and 2 '
+        r"\(stage 2, clamp\(min=-1, max=2\).named\('a'\)\)\. .*\.named\("
     )
     with pytest.raises(ValueError, match=message):
-        chain(clamp(-1, 1), sign(), clamp(-1, 2))
-    assert chain(clamp(-1, 1), clamp(-1, 2).named("wide")).hyperparameters["wide.max"] == 2
+        chain(clamp(-1, 1).named("a"), sign(), clamp(-1, 2).named("a"))
     with pytest.raises(ValueError, match="two defaults"):
-        chain(scale(2.0), broadcast(scale(3.0), 1))
+        chain(scale(2.0).named("a"), broadcast(scale(3.0).named("a"), 1))
 
 
 @pytest.mark.parametrize("member", [3, None, "sign", torch.ones(2)])

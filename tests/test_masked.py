@@ -133,7 +133,7 @@ def test_hyperparameters_are_those_of_the_members() -> None:
         "clamp.max",
     }
     with pytest.raises(ValueError, match="two defaults"):
-        partition({"a": scale(2.0), "b": scale(3.0)})
+        partition({"a": scale(2.0).named("c"), "b": scale(3.0).named("c")})
     with pytest.raises(TypeError, match=r"scale.factor must be a number"):
         masked(scale(2.0), "a").check({"scale.factor": "x"})
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim, sub_ndim
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Transform, locate, merge_hyperparameters, require_transform
+from gradchain.transform import Group, Transform, locate, merge_hyperparameters, number_keys, require_transform
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -61,6 +61,17 @@ def make_chains(**slots: Transform | None) -> dict[str, Chain]:
     return {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in slots.items()}
 
 
+def number_chains(chains: Mapping[str, Chain], taken: Collection[str] = ()) -> dict[str, Chain]:
+    """The chains of all slots, in which no two transforms share keys, unless a common name says so."""
+    stages = number_keys(chains.values(), taken)
+    return {slot: cast("Chain", stage) for slot, stage in zip(chains, stages, strict=True)}
+
+
+def prefixes(chains: Iterable[Chain]) -> set[str]:
+    """The prefixes of the keys of all hyperparameters."""
+    return {key.rpartition(".")[0] for members in chains for key in members.hyperparameters}
+
+
 def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
     """Those of all slots, with their defaults."""
     return merge_hyperparameters((f"{slot} {at}", t) for slot, members in chains.items() for at, t in members.places())
@@ -77,11 +88,11 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
     """Raise where a value in ``group`` is of the wrong type, is out of range or does not fit a parameter."""
     place = f"group {group_index}"
     known = {key for members in chains.values() for key in members.hyperparameters}
-    prefixes = {key.rpartition(".")[0] for key in known}
+    taken = prefixes(chains.values())
     try:
         for key in group.keys() - known:
             prefix, dot, _ = key.rpartition(".")
-            if dot and prefix in prefixes:
+            if dot and prefix in taken:
                 raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
         param_ndim = require_param_ndim(group["param_ndim"])
         for key in ("grad_scale", "grad_bias"):

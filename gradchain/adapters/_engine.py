@@ -6,14 +6,14 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
-from gradchain.adapters._construction import check_group, check_support, warn_of_unread
+from gradchain.adapters._construction import check_group, check_support, number_chains, prefixes, warn_of_unread
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
 from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
 from gradchain.broadcast import broadcast
@@ -23,6 +23,10 @@ from gradchain.transform import Group, locate
 SLOTS = ("pre", "update", "post")
 
 T = TypeVar("T")
+
+
+Numbered: TypeAlias = tuple[dict[str, Chain], dict[str, Chain]]
+"""The chain of each slot as it was given, and as its transforms have keys of their own."""
 
 
 class Owner(Protocol):
@@ -75,14 +79,14 @@ class Weak(Generic[T]):
 class Engine:
     """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
 
-    def __init__(self, owner: Owner, states: TransformStates) -> None:
+    def __init__(self, owner: Owner, states: TransformStates, numbered: Numbered | None = None) -> None:
         self._owner = Weak(owner)
         self.states = states
-        self._stages: dict[str, tuple[Chain, Chain]] = {}
+        self.numbered: Numbered = ({}, {}) if numbered is None else numbered
+        self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: Plans | None = None
         self._roster: Roster | None = None
-        for slot in SLOTS:
-            self.stage(slot)
+        self.chains()
 
     @property
     def owner(self) -> Owner:
@@ -111,23 +115,34 @@ class Engine:
 
     def stage(self, slot: str) -> Chain:
         """The chain of a slot, broadcast."""
-        members: Chain = getattr(self.owner, slot)
-        known = self._stages.get(slot)
-        if known is None or known[0] is not members:
-            known = members, broadcast(members)
-            if not torch.compiler.is_compiling():
-                self._stages[slot] = known
-        return known[1]
+        chains = self.chains()
+        return self._stages[slot] if self.numbered[1] is chains else broadcast(chains[slot])
+
+    def chains(self) -> dict[str, Chain]:
+        """The chain of each slot, with the keys that its transforms have in the optimizer.
+
+        Where others replace the chain of a slot, those of the other slots keep theirs.
+        """
+        given: dict[str, Chain] = {slot: getattr(self.owner, slot) for slot in SLOTS}
+        known, numbered = self.numbered
+        if all(given[slot] is known.get(slot) for slot in SLOTS):
+            return numbered
+        kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
+        new = {slot: each for slot, each in given.items() if slot not in kept}
+        chains = {**given, **kept, **number_chains(new, prefixes(kept.values()))}
+        if not torch.compiler.is_compiling():
+            self.numbered = given, chains
+            self._stages = {slot: broadcast(each) for slot, each in chains.items()}
+        return chains
 
     def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
         owner, members = self.owner, self.roster.members
         states, bare = TransformStates.split(state_dict, members)
-        chains = {slot: getattr(owner, slot) for slot in SLOTS}
         groups = dict(enumerate(owner.param_groups))
         for index, saved in zip(groups, bare.get("param_groups", ()), strict=False):
             groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
-            check_group(index, groups[index], chains)
+            check_group(index, groups[index], self.chains())
         members = [member._replace(group=groups[member.position[0]]) for member in members]
         states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
         warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)

@@ -15,7 +15,15 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradchain.adapters._construction import ATTACHED, check_group, complete_groups, hyperparameters, make_chains
+from gradchain.adapters._construction import (
+    ATTACHED,
+    check_group,
+    complete_groups,
+    hyperparameters,
+    make_chains,
+    number_chains,
+    prefixes,
+)
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
@@ -44,7 +52,8 @@ def attach(
     ``load_state_dict`` carry the states of the transforms, uncast, in the form that ``ParamTransformingOptimizer`` has.
 
     Attaching twice composes: what was attached later comes later in each slot, as in ``chain(first, second)``, and the
-    second ``update`` comes before the first ``post``.
+    second ``update`` comes before the first ``post``. Keys go on counting from what is attached already, so that a
+    second ``scale`` has ``"scale_2.factor"``, which it keeps when the first one is removed.
 
     If a transform raises in a step, parameters and the states of the transforms are as they were before it. What
     differs from ``ParamTransformingOptimizer`` comes from being inside of the step: if the optimizer itself raises, it
@@ -91,12 +100,13 @@ def attach(
     """
     hooks = _hooks_of(optimizer)
     chains = make_chains(pre=pre, update=update, post=post)
-    own_defaults = {"param_ndim": param_ndim, **hyperparameters(chains), **(defaults or {})}
+    numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
+    own_defaults = {"param_ndim": param_ndim, **hyperparameters(numbered), **(defaults or {})}
     known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
     attached = Attached(hooks, chains, own_defaults)
-    hooks.add(attached)
+    hooks.add(attached, numbered)
     return attached
 
 
@@ -171,6 +181,8 @@ class _Hooks:
         self.pre = self.update = self.post = chain()
         self.engine = Engine(self, TransformStates())
         self.attached: list[Attached] = []
+        self._numbered: list[Mapping[str, Chain]] = []
+        """The chains of each, with the keys that they keep when others are removed."""
         self.defaults: dict[str, Any] = {}
         self._own_keys: list[set[str]] = []
         """The keys that each group had by itself."""
@@ -194,9 +206,9 @@ class _Hooks:
     def _run_hook(self, slot: str, member: Member) -> None:
         """There are none."""
 
-    def add(self, attached: Attached) -> None:
+    def add(self, attached: Attached, numbered: Mapping[str, Chain]) -> None:
         """Let it act after all others."""
-        chains = {slot: chain(getattr(self, slot), getattr(attached, slot)) for slot in SLOTS}
+        chains = {slot: chain(getattr(self, slot), numbered[slot]) for slot in SLOTS}
         hyperparameters(chains)
         for key, value in attached.defaults.items():
             if key in self.defaults and not is_same(value, self.defaults[key]):
@@ -215,6 +227,7 @@ class _Hooks:
             self._replace_states(lambda slot, state: {})  # of what was attached to the optimizer that it is a copy of
             self._register()
         self.attached.append(attached)
+        self._numbered.append(numbered)
         self.defaults.update(attached.defaults)
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
@@ -227,11 +240,12 @@ class _Hooks:
         index = self.attached.index(attached)
         before, after = self.attached[:index], self.attached[index + 1 :]
         kept: dict[str, dict[str, str]] = {}
+        del self._numbered[index]
         for slot in SLOTS:
             start = sum(len(getattr(each, slot)) for each in before)
             gap = range(start, start + len(getattr(attached, slot)))
             old = [key for i, key in getattr(self, slot).keys.items() if i not in gap]
-            new = chain(*(getattr(each, slot) for each in before + after))
+            new = chain(*(each[slot] for each in self._numbered))
             kept[slot] = dict(zip(old, new.keys.values(), strict=True))
             setattr(self, slot, new)
         self._replace_states(lambda slot, state: {new: state[old] for old, new in kept[slot].items() if old in state})

@@ -20,6 +20,7 @@ from gradchain.adapters._construction import (
     hyperparameters,
     make_chains,
     make_inner,
+    number_chains,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
@@ -47,6 +48,8 @@ class ParamTransformingOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are those of the inner optimizer, so schedulers and checkpoints work on
     either. The hyperparameters of the chains, ``param_ndim``, ``grad_scale`` and ``grad_bias`` are keys of the groups.
+    The second transform of a kind, counted through ``pre``, ``update`` and ``post``, has keys of its own, such as
+    ``"scale_2.factor"``; ``.named(prefix)`` chooses them.
     The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
     its own; save and load them through this optimizer, since others cast them to the dtype of the parameter.
 
@@ -79,8 +82,8 @@ class ParamTransformingOptimizer(Optimizer):
 
     Raises:
         TypeError: ``InnerOpt`` is no optimizer, or something is of the wrong type.
-        ValueError: ``params`` are missing, a value is out of range, ``param_ndim`` does not fit a parameter, or one
-            hyperparameter has two defaults.
+        ValueError: ``params`` are missing, a value is out of range, ``param_ndim`` does not fit a parameter, or two
+            transforms have the same name, given by ``.named``, and different defaults.
 
     Example:
         >>> from gradchain import project_l2_ball, sign
@@ -123,11 +126,12 @@ class ParamTransformingOptimizer(Optimizer):
         **inner_opt_kwargs: Any,
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
+        numbered = number_chains(chains)
         own_defaults = {
             "param_ndim": param_ndim,
             "grad_scale": grad_scale,
             "grad_bias": grad_bias,
-            **hyperparameters(chains),
+            **hyperparameters(numbered),
             **(defaults or {}),
         }
         inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs)
@@ -148,7 +152,7 @@ class ParamTransformingOptimizer(Optimizer):
             for group in inner_opt.param_groups
         ]
         for index, group in enumerate(groups):
-            check_group(index, {**own_defaults, **group}, chains)
+            check_group(index, {**own_defaults, **group}, numbered)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
             group.clear()
             group.update(kept)
@@ -162,6 +166,7 @@ class ParamTransformingOptimizer(Optimizer):
             "inner_opt": inner_opt,
             "_own_defaults": own_defaults,
             "_states": TransformStates(),
+            "_numbered": (chains, numbered),
             **chains,
         }
         # Not Optimizer.__init__: it would make groups, state and defaults of its own, apart from the inner optimizer's.
@@ -367,7 +372,7 @@ class ParamTransformingOptimizer(Optimizer):
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
         self.inner_opt.add_param_group(param_group)
         try:
-            check_group(len(self.param_groups) - 1, self.param_groups[-1], self._chains())
+            check_group(len(self.param_groups) - 1, self.param_groups[-1], self._engine.chains())
         except Exception:
             del self.param_groups[-1]
             raise
@@ -405,11 +410,11 @@ class ParamTransformingOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Like torch, without hooks; "step" is in the instance only where a scheduler has patched it.
         kept = {k: v for k, v in self.__dict__.items() if k not in ("step", "_engine") and k[:11] != "_optimizer_"}
-        return {**kept, "_states": self._engine.states}
+        return {**kept, "_states": self._engine.states, "_numbered": self._engine.numbered}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({key: value for key, value in state.items() if key != "_states"})
-        self._engine = Engine(self, state["_states"])
+        super().__setstate__({key: value for key, value in state.items() if key not in ("_states", "_numbered")})
+        self._engine = Engine(self, state["_states"], state["_numbered"])
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
 

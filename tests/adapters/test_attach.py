@@ -28,6 +28,7 @@ from gradchain import (
     clip_by_norm,
     clip_by_zscore,
     ema,
+    masked,
     normalize,
     param_ema,
     project_l2_ball,
@@ -275,6 +276,40 @@ def test_states_stay_with_those_that_stay(removed: int) -> None:
     train(optimizer, params, range(5, 8))
     train(expected, others, range(5, 8))
     assert_equal([params, optimizer.state_dict()], [others, expected.state_dict()])
+
+
+# found: 27
+def test_what_is_attached_later_goes_on_counting_and_keeps_its_keys() -> None:
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([x], lr=1.0)
+    group = optimizer.param_groups[0]
+
+    def factors() -> dict[str, float]:
+        return {key: value for key, value in group.items() if key.endswith(".factor")}
+
+    first = attach(optimizer, post=scale(2.0))
+    second = attach(optimizer, pre=chain(scale(3.0), masked(scale(4.0), is_any)))
+    assert factors() == {"scale.factor": 2.0, "scale_2.factor": 3.0, "scale_3.factor": 4.0}
+    group["scale_2.factor"] = 5.0
+    first.remove()
+    assert factors() == {"scale_2.factor": 5.0, "scale_3.factor": 4.0}
+    x.grad = torch.ones(1)
+    optimizer.step()
+    assert x.item() == -20.0
+    third = attach(optimizer, pre=chain(scale(1.0), scale(1.0)))
+    assert factors() == {"scale.factor": 1.0, "scale_2.factor": 5.0, "scale_3.factor": 4.0, "scale_4.factor": 1.0}
+    saved = copy.deepcopy(optimizer.state_dict())
+    group["scale_2.factor"] = 0.0
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert factors()["scale_2.factor"] == 5.0
+    second.remove()
+    third.remove()
+    assert factors() == {}
+
+
+def is_any(group: Group) -> bool:
+    return True
 
 
 def test_one_attached_in_the_middle_starts_there() -> None:
@@ -684,9 +719,9 @@ def test_averages() -> None:
         ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; set them in its param groups"),
         ({"defaults": {"clamp.max": -2}, "post": clamp(-1, 1)}, ValueError, "post, group 0: stage 0, clamp"),
         (
-            {"pre": clamp(-1, 1), "post": clamp(0, 1)},
+            {"pre": clamp(-1, 1).named("a"), "post": clamp(0, 1).named("a")},
             ValueError,
-            r'"clamp.min" has two defaults: -1 \(pre stage 0, clamp.*\) and 0 \(post stage 0, clamp.*\.named\(',
+            r'"a.min" has two defaults: -1 \(pre stage 0, clamp.*\) and 0 \(post stage 0, clamp.*\.named\(',
         ),
     ],
 )
@@ -701,8 +736,14 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], error: type[Exc
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"pre": clip_by_norm(2.0)}, r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\('),
-        ({"post": clip_by_norm(2.0)}, r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\('),
+        (
+            {"pre": clip_by_norm(2.0).named("clip_by_norm")},
+            r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\(',
+        ),
+        (
+            {"post": clip_by_norm(2.0).named("clip_by_norm")},
+            r'"clip_by_norm.max_norm" has two defaults: 1.0 .* and 2.0 .*\.named\(',
+        ),
         ({"param_ndim": None}, r'"param_ndim" is -1 by what is attached already, .* be None too; .*broadcast\(t, n\)'),
         ({"defaults": {"epsilon": 2.0}}, '"epsilon" is 1.0 by what is attached already, and cannot be 2.0'),
     ],

@@ -17,11 +17,13 @@ from gradchain import (
     Group,
     ParamTransformingOptimizer,
     Transform,
+    as_lr,
     attach,
     broadcast,
     chain,
     clamp,
     clip_by_norm,
+    masked,
     normalize,
     project_l2_ball,
     reject_from_param,
@@ -108,9 +110,9 @@ def test_groups_state_and_defaults_are_those_of_the_inner_optimizer() -> None:
         ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; pass them as keyword .* lr="),
         ({"defaults": {"clamp.min": "a"}, "post": clamp(-1, 1)}, TypeError, "post, group 0: stage 0, clamp.*clamp.min"),
         (
-            {"pre": clamp(-1, 1), "post": chain(sign(), clamp(0, 1))},
+            {"pre": clamp(-1, 1).named("a"), "post": chain(sign(), clamp(0, 1).named("a"))},
             ValueError,
-            r'"clamp.min" has two defaults: -1 \(pre stage 0, clamp.*\) and 0 \(post stage 1, clamp.*\.named\(',
+            r'"a.min" has two defaults: -1 \(pre stage 0, clamp.*\) and 0 \(post stage 1, clamp.*\.named\(',
         ),
     ],
 )
@@ -222,6 +224,54 @@ def test_hyperparameters_per_group_and_by_scheduler() -> None:
     optim.param_groups[0]["scale.factor"] = 0.0
     optim.step()
     assert [x.item() for x in xs] == [-2.0, -30.0]
+
+
+# found: 27
+def test_transforms_of_a_kind_are_counted_through_the_slots() -> None:
+    def make() -> tuple[nn.Parameter, ParamTransformingOptimizer]:
+        x = param(0.0, grad=[1.0])
+        post = masked(scale(1.0), "x")
+        pre = chain(scale(2.0), broadcast(scale(3.0), 0))
+        return x, ParamTransformingOptimizer([("x", x)], pre=pre, update=scale(5.0), post=post, lr=1.0)
+
+    x, optim = make()
+    (group,) = optim.param_groups
+    keys = [key for key in group if key.endswith(".factor")]
+    assert keys == ["scale.factor", "scale_2.factor", "scale_3.factor", "scale_4.factor"]
+    assert optim.update == chain(scale(5.0))
+    optim.step()
+    assert x.item() == -30.0
+    group["scale_3.factor"] = 7.0
+    group["scale_4.factor"] = 0.5
+    LambdaLR(as_lr(optim, "scale_2.factor"), lambda step: 10.0)
+    x.grad = torch.ones(1)
+    optim.step()
+    assert x.item() == (-30.0 - 2 * 30 * 7) / 2
+    for copied in (copy.deepcopy(optim), pickle.loads(pickle.dumps(optim)), make()[1]):
+        copied.load_state_dict(copy.deepcopy(optim.state_dict()))
+        y = copied.param_groups[0]["params"][0]
+        with torch.no_grad():
+            y.zero_()
+        y.grad = torch.ones(1)
+        copied.step()
+        assert y.item() == -2 * 30 * 7 / 2
+    with pytest.raises(ValueError, match=r"clip_by_norm_2.max_norm must be > 0"):
+        ParamTransformingOptimizer(
+            [x], pre=clip_by_norm(1.0), post=clip_by_norm(1.0), defaults={"clip_by_norm_2.max_norm": 0.0}
+        )
+
+
+# found: 27
+def test_the_keys_of_a_slot_stay_when_another_gets_a_new_chain() -> None:
+    x = param(0.0, grad=[1.0])
+    optim = ParamTransformingOptimizer([x], pre=scale(2.0), update=scale(3.0), lr=1.0)
+    optim.param_groups[0]["scale_2.factor"] = 5.0
+    optim.pre = chain()
+    for trained in (optim, copy.deepcopy(optim)):
+        y = trained.param_groups[0]["params"][0]
+        y.grad = torch.ones(1)
+        trained.step()
+        assert y.item() == -5.0
 
 
 def test_value_that_a_schedule_moves_out_of_range() -> None:
