@@ -206,10 +206,14 @@ def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
         >>> x = torch.zeros(2, 3, 4, 5)
         >>> [tuple(to_batch(x, param_ndim).shape) for param_ndim in (0, 1, 2, -1, None)]
         [(120, 1), (24, 5), (6, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)]
+        >>> [tuple(to_batch(torch.tensor(7.0), param_ndim).shape) for param_ndim in (0, None)]
+        [(1, 1), (1, 1)]
     """
+    split = tensor.ndim - sub_ndim(tensor.ndim, param_ndim)
+    if tensor.ndim == 0:  # the whole tensor is its one element
+        return tensor.reshape(1, 1)
     if param_ndim is None:
         return tensor.unsqueeze(0)
-    split = tensor.ndim - sub_ndim(tensor.ndim, param_ndim)
     count = math.prod(tensor.shape[:split])  # reshape(-1, ...) is ambiguous where a dimension is 0
     return tensor.reshape(count, *(tensor.shape[split:] if split < tensor.ndim else (1,)))
 

@@ -57,8 +57,9 @@ def test_batch_form(param_ndim: int | None, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "param_ndim", "batch"),
     [
+        # found: 28
         ((), 0, (1, 1)),
-        ((), None, (1,)),
+        ((), None, (1, 1)),
         ((0,), 0, (0, 1)),
         ((0, 3), 1, (0, 3)),
         ((2, 0), 1, (2, 0)),

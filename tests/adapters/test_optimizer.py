@@ -427,6 +427,21 @@ def test_hooks_edit_the_batch_form(memory_format: torch.memory_format) -> None:
     assert x.unique().item() == (1 - 0.25 * 10) * 2
 
 
+class DivideByNorm(ParamTransformingOptimizer):
+    def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
+        assert param.grad is not None
+        param.grad /= param.grad.flatten(1).norm(dim=1)[:, None].reshape(-1, *[1] * (param.ndim - 1))
+
+
+# found: 28
+@pytest.mark.parametrize("param_ndim", [0, None])
+def test_hooks_that_flatten_the_batch_form_of_a_number(param_ndim: int | None) -> None:
+    x = nn.Parameter(torch.tensor(1.0))
+    x.grad = torch.tensor(-4.0)
+    DivideByNorm([x], param_ndim=param_ndim, lr=1.0).step()
+    assert (x.item(), x.grad.item()) == (2.0, -1.0)
+
+
 def test_hooks_run_by_themselves() -> None:
     x = nn.Parameter(torch.ones(2))
     x.grad = torch.ones(2)
