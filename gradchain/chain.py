@@ -60,6 +60,19 @@ class Chain(Combinator, Sequence[Transform]):
     ) -> tuple[list[Tensor], list[State]]:
         """Run all tensors through one stage after the other, so that each stage can measure all of them."""
         new_states: list[State] = [{} for _ in tensors]
+        results = tensors
+        for results in self.run_stages(tensors, groups, states, new_states):  # noqa: B007 # the last ones count
+            pass
+        return list(results), new_states
+
+    def run_stages(
+        self,
+        tensors: Sequence[Tensor],
+        groups: Sequence[Group],
+        states: Sequence[State],
+        new_states: Sequence[State],
+    ) -> Iterator[Sequence[Tensor]]:
+        """Yield the tensors after each stage, and put the next states into ``new_states``."""
         for index, stage in enumerate(self.stages):
             key = self.keys.get(index)
             try:
@@ -75,7 +88,7 @@ class Chain(Combinator, Sequence[Transform]):
             if key is not None:
                 for new_state, stage_state in zip(new_states, stage_states, strict=True):
                     new_state[key] = stage_state
-        return list(tensors), new_states
+            yield tensors
 
     def rebuild(self, members: Iterable[Transform]) -> Chain:
         """A chain of other members."""

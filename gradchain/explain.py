@@ -16,19 +16,14 @@ from torch import Tensor
 from gradchain._html import Html, element
 from gradchain._sharding import gather
 from gradchain.chain import Chain, chain
-from gradchain.transform import Combinator, Group, State, Transform, show
+from gradchain.transform import Group, State, Transform, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gradchain.adapters.optimizer import ParamTransformingOptimizer
-
 HEADER = ("stage", "2-norm", "rms", "min", "max", "mean", "zero", "non-finite", "cosine", "changed")
 
 BINS = 50
-
-INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}
-"""What the stages of a slot act on."""
 
 
 @torch.no_grad()
@@ -69,30 +64,13 @@ def explain(
     # Copies, since a transform can hold a generator, and what breaks the rules can write to anything.
     stages, state = copy.deepcopy((chain(transform), state))
     tensor, group = tensor.detach().clone(), dict(group or {})
-    record = _Record()
-    record.start("input", [tensor], [group])
-    with _forked_rng([tensor]):
+    record = Record()
+    record.start("input", [tensor], [{}])
+    with forked_rng([tensor]):
         if state is None:
             state = stages.init(group.get("param", tensor), group)
-        record.watch(stages, "input").run([tensor], [group], [state])
-    return record.explanation()
-
-
-@torch.no_grad()
-def explain_step(optimizer: ParamTransformingOptimizer) -> Explanation:
-    """Show what each stage does in the next step of an optimizer: a copy of it makes that step, and is all that moves.
-
-    See ``ParamTransformingOptimizer.explain``.
-    """
-    trial = copy.deepcopy(optimizer)
-    params, copies = ([p for group in each.param_groups for p in group["params"]] for each in (optimizer, trial))
-    for param, copied in zip(params, copies, strict=True):  # a copy of a parameter has no gradient
-        copied.grad = None if param.grad is None else param.grad.detach().clone()
-    record = _Record()
-    for slot, name in INPUTS.items():
-        setattr(trial, slot, record.watch(getattr(trial, slot), name))
-    with _forked_rng(params):
-        trial.step()
+        for member, results in zip(stages, stages.run_stages([tensor], [group], [state], [{}]), strict=True):
+            record.note(show(member), results)
     return record.explanation()
 
 
@@ -212,76 +190,42 @@ class Explanation:
         return figure
 
 
-class _Record:
+class Record:
     """The rows of an explanation, as they come."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.parameters: dict[int, Explanation] = {}
-        self.input = ""
-        self.inputs: Sequence[Tensor] = ()
+        self._rows: list[Row] = []
+        self._parameters: dict[int, Explanation] = {}
+        self._inputs: Sequence[Tensor] = ()
+        self._before: Sequence[Tensor] = ()
+        self._identities: Sequence[Group] = ()
 
-    def watch(self, transform: Chain, input: str) -> Chain:
-        """The same chain, of which this learns what each stage makes of the ``input``."""
-        return Chain([_Watched(member, show(member), input, self) for member in transform])
+    def start(self, input: str, tensors: Sequence[Tensor], identities: Sequence[Group]) -> None:
+        """Note what the first stage of a slot gets, and the number and the name of the parameters, if they have any."""
+        self._inputs = self._before = [tensor.clone() for tensor in tensors]  # an optimizer writes to them
+        self._identities = identities
+        self._add(input, tensors, is_input=True)
 
-    def start(self, input: str, tensors: Sequence[Tensor], groups: Sequence[Group]) -> None:
-        """Note the ``input``, unless its stages have started already."""
-        if input != self.input:
-            self.input, self.inputs = input, [tensor.clone() for tensor in tensors]  # an optimizer writes to them
-            self.note(input, tensors, None, groups)
+    def note(self, stage: str, tensors: Sequence[Tensor]) -> None:
+        """Note what the next stage has made of the tensors."""
+        self._add(stage, tensors, is_input=False)
+        self._before = [tensor.clone() for tensor in tensors]
 
-    def note(
-        self, stage: str, tensors: Sequence[Tensor], before: Sequence[Tensor] | None, groups: Sequence[Group]
-    ) -> None:
-        """Add the row of a stage, or of an input, where there is nothing ``before``; and those of its parameters."""
-        triples = zip(tensors, self.inputs, tensors if before is None else before, strict=True)
+    def _add(self, stage: str, tensors: Sequence[Tensor], *, is_input: bool) -> None:
+        """Add the row of all tensors, and those of their parameters."""
+        triples = zip(tensors, self._inputs, self._before, strict=True)
         parts = [[_measure(*pieces) for pieces in zip(*map(_pieces, triple), strict=True)] for triple in triples]
-        self.rows.append(_make_row(stage, tensors, [*itertools.chain.from_iterable(parts)], is_input=before is None))
-        for tensor, own_parts, group in zip(tensors, parts, groups, strict=True):
-            if "index" in group and tensor.numel():
-                number = group["index"]
-                known = self.parameters.get(number, Explanation((), (), number, group.get("name")))
-                row = _make_row(stage, [tensor], own_parts, is_input=before is None)
-                self.parameters[number] = replace(known, rows=(*known.rows, row))
+        self._rows.append(_make_row(stage, tensors, [*itertools.chain.from_iterable(parts)], is_input=is_input))
+        for tensor, own_parts, identity in zip(tensors, parts, self._identities, strict=True):
+            if "index" in identity and tensor.numel():
+                number = identity["index"]
+                known = self._parameters.get(number, Explanation((), (), number, identity.get("name")))
+                row = _make_row(stage, [tensor], own_parts, is_input=is_input)
+                self._parameters[number] = replace(known, rows=(*known.rows, row))
 
     def explanation(self) -> Explanation:
         """All that was noted."""
-        return Explanation(tuple(self.rows), tuple(self.parameters[number] for number in sorted(self.parameters)))
-
-
-class _Watched(Combinator):
-    """A stage that tells a record what it makes of the tensors, and prints as ``label``."""
-
-    name = "explain"
-
-    def __init__(self, member: Transform, label: str, input: str, record: _Record) -> None:
-        super().__init__([member])
-        self.label = label
-        self.input = input
-        self.record = record
-
-    @property
-    def state_name(self) -> str:
-        return self.stages[0].state_name
-
-    def init(self, tensor: Tensor, group: Group) -> State:
-        return self.stages[0].init(tensor, group)
-
-    def run(
-        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
-    ) -> tuple[list[Tensor], list[State]]:
-        results, new_states = self.stages[0].run(tensors, groups, states if self.stateful else [{} for _ in tensors])
-        if tensors:
-            self.record.start(self.input, tensors, groups)
-            self.record.note(self.label, results, tensors, groups)
-        return results, new_states
-
-    def rebuild(self, members: Sequence[Transform]) -> _Watched:
-        return _Watched(members[0], self.label, self.input, self.record)
-
-    def __repr__(self) -> str:
-        return self.label
+        return Explanation(tuple(self._rows), tuple(self._parameters[number] for number in sorted(self._parameters)))
 
 
 class _Part(NamedTuple):
@@ -345,7 +289,7 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _forked_rng(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+def forked_rng(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Give the default generators, of the CPU and of the devices of ``tensors``, back their state in the end."""
     return torch.random.fork_rng({tensor.device for tensor in tensors if tensor.device.type != "cpu"})
 

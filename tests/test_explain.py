@@ -4,7 +4,10 @@ import copy
 import io
 import math
 import pickle
+import random
+import re
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
@@ -14,16 +17,20 @@ import pytest
 import torch
 from matplotlib import pyplot
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradchain import (
     Group,
     ParamTransformingOptimizer,
+    attach,
     broadcast,
     cautious,
     chain,
     clamp,
     clip_by_global_norm,
+    clip_by_history,
     clip_by_norm,
     ema,
     keep_top_q,
@@ -39,7 +46,7 @@ from gradchain import (
     zero_nonfinite,
 )
 from gradchain._html import element, show_chain, show_optimizer
-from gradchain.explain import HEADER, Row, explain, explain_step
+from gradchain.explain import HEADER, Row, explain
 
 matplotlib.use("Agg")
 
@@ -306,7 +313,7 @@ def backward(model: nn.Module) -> None:
 def test_explains_a_step() -> None:
     model, optimizer = make(pre=chain(clip_by_global_norm(1.0), ema(0.9)), update=cautious(), post=clamp(-0.3, 0.3))
     for _ in range(2):  # the second step has states
-        explanation = explain_step(optimizer)
+        explanation = optimizer.explain()
         before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer.step()
         after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -330,7 +337,7 @@ def test_explains_a_step() -> None:
 
 def test_a_row_is_over_all_parameters() -> None:
     model, optimizer = make(pre=sign())
-    explanation = explain_step(optimizer)
+    explanation = optimizer.explain()
     whole = explain(chain(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))  # type: ignore[union-attr]
     assert_close_rows(explanation.rows[0], whole.rows[0])
 
@@ -346,7 +353,7 @@ def test_a_step_modifies_nothing() -> None:
     for _ in range(2):
         rng, before = torch.get_rng_state(), copy.deepcopy((optimizer.state_dict(), model.state_dict()))
         grads = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
-        explain_step(optimizer)
+        optimizer.explain()
         assert torch.equal(torch.get_rng_state(), rng)
         assert_equal((optimizer.state_dict(), model.state_dict()), before)
         assert_equal([parameter.grad for parameter in model.parameters()], grads)
@@ -355,7 +362,7 @@ def test_a_step_modifies_nothing() -> None:
 
 def test_stages_of_some_parameters() -> None:
     _, optimizer = make(pre=chain(masked(scale(0.0), "*.bias"), partition({"1.*": sign(), "*": chain()})))
-    explanation = explain_step(optimizer)
+    explanation = optimizer.explain()
     assert [row.zero for row in explanation["0.bias"].rows] == [0, 1, 1]
     assert [row.zero for row in explanation["0.weight"].rows] == [0, 0, 0]
     assert explanation["0.weight"].rows[2].changed == 0
@@ -365,7 +372,7 @@ def test_stages_of_some_parameters() -> None:
 def test_parameters_without_gradients() -> None:
     model, optimizer = make(pre=clip_by_global_norm(1.0), post=scale(0.5))
     next(model.parameters()).grad = None
-    explanation = explain_step(optimizer)
+    explanation = optimizer.explain()
     assert [row.stage for row in explanation[0].rows] == ["parameter", "scale(factor=0.5)"]
     assert len(explanation[1].rows) == 4
 
@@ -373,7 +380,7 @@ def test_parameters_without_gradients() -> None:
 def test_a_skipped_step() -> None:
     model, optimizer = make(pre=skip_nonfinite())
     next(model.parameters()).grad[0, 0] = NAN  # type: ignore[index]
-    _, row = explain_step(optimizer).rows
+    _, row = optimizer.explain().rows
     assert row.zero == 1
 
 
@@ -382,12 +389,190 @@ def test_errors_in_a_step_say_where() -> None:
         raise RuntimeError("no")
 
     _, optimizer = make(pre=chain(sign(), masked(fail, "1.bias")))
-    with pytest.raises(RuntimeError, match=r"pre, group 0, parameter 3 '1.bias' .*: stage 1, masked\(fail, .* no"):
-        explain_step(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"pre, group 0, parameter 3 '1.bias' .*: stage 1, masked\(.*fail.* no"
+    ) as error:
+        optimizer.explain()
+    with pytest.raises(RuntimeError, match=re.escape(str(error.value))):
+        optimizer.step()
+
+
+class Noting(SGD):
+    """Keeps what copies lose, and writes to all that it has."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr, momentum=0.5)
+        self.steps = 0
+        self.draws = random.Random(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.largest = torch.zeros(1)
+        self.history: list[dict[str, Any]] = [{"seen": set(), "last": deque([0], 3)}]
+        self.inside = Adam([nn.Parameter(torch.ones(2))])
+        self.by_address = {p.data_ptr(): p for group in self.param_groups for p in group["params"]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("defaults", "state", "param_groups")}
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        self.draws.random()
+        noise = 1 + torch.rand((), generator=self.generator)
+        self.largest.add_(1)
+        self.history[0]["seen"].add(self.steps)
+        self.history[0]["last"].append(self.steps)
+        self.history.append({})
+        self.inside.zero_grad()
+        self.inside.param_groups[0]["params"][0].sum().backward()
+        self.inside.step()
+        for group in self.param_groups:
+            group["steps"] = self.steps
+            for p in group["params"]:
+                assert self.by_address[p.data_ptr()] is p
+                p.grad.mul_(noise)
+        loss = super().step(closure)
+        for p in self.by_address.values():
+            p.data = p.data + 1.0
+        self.by_address = {p.data_ptr(): p for p in self.by_address.values()}
+        return loss
+
+    def looks_like(self) -> Any:
+        history = [{key: list(value) for key, value in each.items()} for each in self.history]
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        adam = self.inside.state_dict(), self.inside.param_groups[0]["params"]
+        random_states = self.draws.getstate(), self.generator.get_state()
+        return copy.deepcopy((self.steps, random_states, self.largest, history, groups, self.state_dict(), adam))
+
+
+@pytest.fixture(params=["wrapper", "attach"])
+def adapt(request: pytest.FixtureRequest) -> Any:
+    def wrap(inner: Any, **slots: Any) -> tuple[Any, Any]:
+        """What explains, and what makes a step."""
+        if request.param == "attach":
+            return attach(inner, **slots), inner
+        wrapper = ParamTransformingOptimizer(InnerOpt=inner, **slots)
+        return wrapper, wrapper
+
+    return wrap
+
+
+# found: 16
+# found: 36
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_step_is_taken_back(adapt: Any, steps: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    inner = Noting(model.named_parameters(), lr=0.1)
+    explaining, stepping = adapt(inner, pre=chain(ema(0.5), sign()), update=scale(0.5), post=clamp(-2.0, 1.0))
+    scheduler = StepLR(stepping, 1, 0.5)
+    calls: list[str] = []
+    for optimizer in {id(each): each for each in (inner, stepping)}.values():
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    for step in range(steps + 1):
+        backward(model)
+        hooks = register_optimizer_step_pre_hook(lambda *_: calls.append("global"))
+        before, rng = inner.looks_like(), torch.get_rng_state()
+        grads = [parameter.grad for parameter in model.parameters()]
+        kept = [(p.detach().clone(), p.data_ptr(), p._version, copy.deepcopy(p.grad)) for p in model.parameters()]
+        patched, counted = stepping.__dict__["step"], getattr(stepping, "_opt_called", None)
+        calls.clear()
+        explanation = explaining.explain()
+        assert calls == []
+        assert_equal(inner.looks_like(), before)
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert (stepping.__dict__["step"], getattr(stepping, "_opt_called", None)) == (patched, counted)
+        for p, grad, (value, address, version, old_grad) in zip(model.parameters(), grads, kept, strict=True):
+            assert torch.equal(p.detach(), value)
+            assert (p.data_ptr(), p._version) == (address, version)
+            assert p.grad is grad
+            assert_equal(grad, old_grad)
+        hooks.remove()
+        stepping.step()
+        scheduler.step()
+        assert inner.steps == step + 1
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert explanation.rows[-1].norm == pytest.approx(float(after.norm()))
+        assert [row.stage for row in explanation.rows if row.changed is None] == ["gradient", "update", "parameter"]
+
+
+# found: 36
+def test_what_is_removed_explains_nothing() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))])
+    attached = attach(optimizer, pre=sign())
+    attached.remove()
+    with pytest.raises(RuntimeError, match=r"attach\(SGD.* is removed, .*call explain\(\) before remove\(\)"):
+        attached.explain()
+
+
+# found: 16
+def test_a_step_that_fails_is_taken_back(adapt: Any) -> None:
+    def fail(tensor: Tensor, group: Group) -> Tensor:
+        raise RuntimeError("no")
+
+    model = nn.Linear(3, 2)
+    inner = Noting(model.parameters(), lr=0.1)
+    explaining, _ = adapt(inner, pre=sign(), post=fail)
+    backward(model)
+    before, grads = inner.looks_like(), [p.grad for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="post, .*fail.* no"):
+        explaining.explain()
+    assert_equal(inner.looks_like(), before)
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+
+
+# found: 16
+def test_the_graph_of_a_later_backward_stays_valid() -> None:
+    model, optimizer = make(pre=sign(), post=clamp(-0.3, 0.3))
+    loss = model(torch.ones(5, 3)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.explain()
+    loss.backward()
+
+
+# found: 16
+@pytest.mark.parametrize(
+    "t", [skip_nonfinite(), clip_by_history(0.5), masked(clip_by_history(0.5), torch.tensor(True))]
+)
+def test_a_shared_state_where_parameters_have_no_gradient(adapt: Any, t: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    explaining, stepping = adapt(Adam(model.parameters(), lr=0.1), pre=t, post=scale(0.5))
+    for frozen in (0, 3, 1):
+        backward(model)
+        list(model.parameters())[frozen].grad = None
+        explanation = explaining.explain()
+        assert len(explanation[frozen].rows) == 2
+        assert len(explanation[2].rows) == 4
+        stepping.step()
+        assert explanation[2].rows[-1].norm == pytest.approx(float(list(model.parameters())[2].detach().norm()))
+
+
+def test_pre_is_explained_without_the_step_of_the_inner_optimizer() -> None:
+    x = nn.Parameter(torch.tensor([3.0, 4.0]))
+    x.grad = torch.tensor([3.0, 4.0])
+    optimizer = ParamTransformingOptimizer([x], LBFGS, pre=clip_by_norm(1.0), param_ndim=None)
+    assert optimizer.explain().rows[1].norm == pytest.approx(1)
+    optimizer.post = chain(sign())
+    with pytest.raises(TypeError, match=r"the step of LBFGS, which explain\(\) makes without a closure: .*'closure'"):
+        optimizer.explain()
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_a_step_that_moves_nothing_has_no_rows(rehearsal: bool) -> None:
+    x = nn.Parameter(torch.tensor([3.0]))
+    x.grad = torch.tensor([0.0 if rehearsal else 1.0])
+    assert bool(ParamTransformingOptimizer([x], pre=sign(), lr=0.0).explain().rows) is not rehearsal
+
+
+def test_what_is_not_transformed_is_shown_too() -> None:
+    _, optimizer = make(update=masked(scale(0.0), "0.*"))
+    assert optimizer.explain()["1.weight"].rows[0].norm == pytest.approx(0.1 * math.sqrt(8))
+    assert optimizer.explain()["1.weight"].rows[1].changed == 0
+    assert optimizer.explain()["0.weight"].rows[1].zero == 1
 
 
 def test_without_chains_there_are_no_rows() -> None:
-    explanation = explain_step(make()[1])
+    explanation = make()[1].explain()
     assert repr(explanation) == "  ".join(HEADER)
     assert explanation.plot().axes
 

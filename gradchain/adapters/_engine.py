@@ -179,7 +179,7 @@ class Engine:
                     try:
                         known.of[slot] = self._make_plan(slot, roster, grads)
                     except Exception as error:
-                        _say_where(error, slot, roster)
+                        say_where(error, slot, roster)
                         raise
             known.finish()
             self._plans = None if torch.compiler.is_compiling() else known
@@ -187,7 +187,7 @@ class Engine:
             try:
                 plan.prepare()
             except Exception as error:
-                _say_where(error, slot, roster)
+                say_where(error, slot, roster)
                 raise
         return known
 
@@ -359,7 +359,7 @@ class Step:
         try:
             plan.run(self.works[-1])
         except Exception as error:
-            _say_where(error, slot, self.roster)
+            say_where(error, slot, self.roster)
             raise
 
     def _run_hooks(self, slot: str) -> None:
@@ -376,7 +376,8 @@ class Step:
         return bool(self.owner._hooked_slots or self.owner.post or (with_closure and self.owner.pre))
 
 
-def _say_where(error: Exception, slot: str, roster: Roster) -> None:
+def say_where(error: Exception, slot: str, roster: Roster) -> None:
+    """Say in the message of ``error`` in which slot it happened, and for which parameter, if that is known."""
     # Not raised in here: the traceback would hold the frame, and this its own ``error``, with all tensors of the step.
     failed = getattr(error, "failed_item", None)
     if not isinstance(error, SkippedStep):

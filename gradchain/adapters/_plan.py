@@ -133,6 +133,17 @@ class Plan:
                     raise
         self.has_run = True
 
+    def run_stage(self, index: int, work: Work) -> None:
+        """Do what one stage of the chain does, for all tensors."""
+        for operation in self.operations:
+            if operation.places[-1][1] == index:
+                part = _Part(operation.at)
+                try:
+                    operation.run(work, part, part.of(work.tensors))
+                except Exception as error:
+                    operation.say_where(error)
+                    raise
+
 
 class _Part:
     """The tensors that a call acts on."""

@@ -89,6 +89,10 @@ class TransformStates:
         self.by_param: ByParam = {} if by_param is None else by_param
         self._shown: dict[Tensor, None] = {}  # no set: graphs know none with tensors
 
+    def copy(self) -> TransformStates:
+        """The same states in other tensors, to go on with apart from the optimizer."""
+        return TransformStates({param: map_state(state, Tensor.clone) for param, state in self.by_param.items()})
+
     def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
         """Make the first states of those that have none, or none of stages that the chain has got since."""
         if stage.stateful:

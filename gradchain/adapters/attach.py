@@ -27,8 +27,10 @@ from gradchain.adapters._construction import (
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
+from gradchain.explain import Explanation
 from gradchain.transform import Group, State, Transform, is_same
 
 UNSCALES = "_step_supports_amp_scaling"
@@ -136,6 +138,26 @@ class Attached:
         """Take the transforms, their hyperparameters and their states out of the optimizer; a second time, nothing."""
         if self._hooks.exists:
             self._hooks().remove(self)
+
+    def explain(self) -> Explanation:
+        """Show what each stage of all that is attached would do in the next step.
+
+        See ``ParamTransformingOptimizer.explain``.
+
+        Example:
+            >>> import torch
+            >>> from gradchain import clip_by_norm
+            >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+            >>> optimizer = torch.optim.SGD([x])
+            >>> attached = attach(optimizer, pre=clip_by_norm(1.0), param_ndim=None)
+            >>> x.square().sum().backward()
+            >>> [round(row.norm, 3) for row in attached.explain().rows]
+            [10.0, 1.0]
+        """
+        if not self._hooks.exists:
+            raise RuntimeError(f"{self!r} is removed, so there is nothing to explain; call explain() before remove()")
+        hooks = self._hooks()
+        return explain_step(hooks.engine, hooks.defaults)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

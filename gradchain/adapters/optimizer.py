@@ -25,9 +25,10 @@ from gradchain.adapters._construction import (
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
-from gradchain.explain import Explanation, explain_step
+from gradchain.explain import Explanation
 from gradchain.transform import Group, Transform, is_same, show
 
 
@@ -328,8 +329,9 @@ class ParamTransformingOptimizer(Optimizer):
     def explain(self) -> Explanation:
         """Show what each stage would do in the next step, over all parameters; call it after ``backward()``.
 
-        A copy makes the step, with its own parameters, gradients and states, so nothing is modified, and the inner
-        optimizer must be one that can be copied and steps without a closure. With a ``GradScaler``, call ``unscale_``
+        The step is made, with copies of the gradients, and taken back: parameters, states and all else that the
+        optimizer holds are as before. Where ``pre`` alone has transforms, the inner optimizer makes no step; else it
+        must be one that makes it without a closure. Step hooks do not run. With a ``GradScaler``, call ``unscale_``
         before. A slot without transforms has no rows.
 
         Returns:
@@ -345,7 +347,7 @@ class ParamTransformingOptimizer(Optimizer):
             gradient                          10   7.071    6    8     7    0%          0%       1
               clip_by_norm(max_norm=1.0)       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
         """
-        return explain_step(self)
+        return explain_step(self._engine, self._own_defaults)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

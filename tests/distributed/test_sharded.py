@@ -301,6 +301,40 @@ def test_a_torch_with_wrong_shards_is_refused(processes: Processes) -> None:
     assert "got torch 2.8.0+cpu" in text
 
 
+SLOTS: dict[str, Any] = {
+    "pre": chain(gc.clip_by_global_norm(1.0), gc.normalize(), gc.ema(0.5), reverse),
+    "update": gc.cautious(),
+    "post": chain(gc.project_l2_ball(1.0), gc.param_ema(0.5)),
+    "param_ndim": None,
+}
+
+
+def explain_and_average(module: Parameters, batches: Any) -> list[Any]:
+    """What ``explain()`` shows, and the parameters, their averages and the states after each step."""
+    found: list[Any] = []
+    optim = ParamTransformingOptimizer(module.named_parameters(), torch.optim.Adam, lr=0.1, **SLOTS)
+    for step in range(2):
+        set_gradients(module, step, batches)
+        rows = optim.explain().rows
+        found.append(torch.tensor([[row.norm, row.min, row.max, row.mean, row.changed or 0] for row in rows]))
+        optim.step()
+        with optim.averaged():
+            found.append([param.detach().clone() for param in module.parameters()])
+        found.append([[param.detach().clone(), optim.state[param]["exp_avg"]] for param in module.parameters()])
+    return parts(found)  # type: ignore[no-any-return]
+
+
+def explain_sharded() -> list[Any]:
+    return explain_and_average(sharded(), my_batches())
+
+
+# found: 16
+@pytest.mark.parametrize("size", [2, 4])
+def test_explain_and_averages(processes: Processes, size: int) -> None:
+    expected = join([explain_and_average(Parameters(), range(BATCHES))])
+    torch.testing.assert_close(join(processes.run(size, explain_sharded)), expected, rtol=1e-5, atol=1e-6)
+
+
 def make_network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))

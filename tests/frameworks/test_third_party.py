@@ -76,6 +76,44 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, make: MakeOptim
     assert_same(train(models[2], second, data=batches()[4:]), expected)
 
 
+# found: 16
+@pytest.mark.parametrize("slots", [("pre",), ("pre", "update", "post")])
+@pytest.mark.parametrize(
+    "make", [getattr(others, name) for name in ("AdaBelief", "Adan", "AdamP", "Muon")] + [lookahead]
+)
+def test_explain_changes_nothing(adapt: Adapt, make: Any, slots: tuple[str, ...]) -> None:
+    bare, explained = make_model(), make_model()
+    chains = {slot: CHAINS[slot] for slot in slots}
+    expected = train(bare, adapt(make_any(make, bare), **chains))
+    inner = make_any(make, explained)
+    optimizer: Any = adapt(inner, **chains)
+    for batch in batches():
+        optimizer.zero_grad()
+        mse_loss(explained(batch[0]), batch[1]).backward()
+        explanation = explain(optimizer)
+        optimizer.step()
+        found = torch.cat([p.detach().flatten() for p in explained.parameters()])
+        if "post" in slots:
+            assert explanation.rows[-1].norm == pytest.approx(float(found.norm()))
+    assert_same(values(explained), expected)
+
+
+def make_any(make: Any, model: nn.Module) -> Optimizer:
+    if make is not others.Muon:
+        return make(model.parameters())  # type: ignore[no-any-return]
+    kinds = [
+        (True, [p for p in model.parameters() if p.ndim > 1]),
+        (False, [p for p in model.parameters() if p.ndim < 2]),
+    ]
+    muon: Optimizer = make([{"params": params, "use_muon": use_muon} for use_muon, params in kinds])
+    return muon
+
+
+def explain(optimizer: Any) -> Any:
+    attached = optimizer.__dict__.get("_gradchain_attached")
+    return optimizer.explain() if attached is None else attached.attached[0].explain()
+
+
 def test_sam_evaluates_twice(adapt: Adapt) -> None:
     def make(model: nn.Module) -> Optimizer:
         optimizer: Optimizer = others.SAM(model.parameters(), Adam, lr=0.05)

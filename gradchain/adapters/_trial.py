@@ -1,0 +1,96 @@
+"""The next step of an optimizer, made to look at what its stages do, and taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradchain.adapters._construction import complete_groups
+from gradchain.adapters._engine import Engine, Step, is_rehearsal, say_where
+from gradchain.adapters._plan import SkippedStep, Work
+from gradchain.adapters._snapshot import preserved
+from gradchain.chain import Chain
+from gradchain.explain import Explanation, Record, forked_rng
+from gradchain.transform import Group, locate, show
+
+INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}
+"""What the stages of a slot act on."""
+
+
+def explain_step(engine: Engine, defaults: Group) -> Explanation:
+    """Show what each stage of the chains does in the next step.
+
+    The plan that trains runs on the very parameters, and on copies of the gradients and states; then all is as before.
+    """
+    owner, record = engine.owner, Record()
+    states, params = engine.follow(), engine.roster.params
+    grads = [param.grad for param in params]
+    with forked_rng(params), preserved([owner, owner.inner_opt], apart=[engine, *states.by_param.values()]):
+        try:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = None if grad is None else grad.detach().clone()
+            complete_groups(owner.param_groups, defaults)
+            if not is_rehearsal(owner.param_groups):
+                _TrialStep(Engine(owner, states.copy()), record).make()
+        except SkippedStep:
+            pass
+        finally:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+    return record.explanation()
+
+
+class _TrialStep(Step):
+    """A step that goes through each slot stage by stage."""
+
+    def __init__(self, engine: Engine, record: Record) -> None:
+        self.record = record
+        super().__init__(engine)
+
+    def make(self) -> None:
+        """Do what a step does, as far as there is something to see."""
+        self.transform_grads()
+        if self.owner.update or self.owner.post:
+            inner_opt = self.owner.inner_opt
+            try:
+                type(inner_opt).step(inner_opt)  # not what others have put in its place, such as a scheduler
+            except Exception as error:
+                locate(error, f"the step of {type(inner_opt).__name__}, which explain() makes without a closure")
+                raise
+            self.finish()
+
+    def commit(self) -> None:
+        """Keep nothing."""
+
+    def _run(self, slot: str, tensors: list[Any], context: dict[str, list[Any]]) -> None:
+        plan = self.plans.get(slot) if self.plans else None
+        if plan is None:
+            return
+        chain: Chain = getattr(self.owner, slot)
+        shown = self._shown(slot, tensors, context, plan.touched)
+        if not shown:
+            return
+        identities = [self.roster.members[i].identity(slot) for i in shown]
+        work = Work(tensors, context, keeps_states=False)
+        self.record.start(INPUTS[slot], list(shown.values()), identities)
+        for index, member in enumerate(chain):
+            try:
+                plan.run_stage(index, work)
+            except SkippedStep:
+                self.record.note(show(member), [torch.zeros_like(tensor) for tensor in shown.values()])
+                raise
+            except Exception as error:
+                say_where(error, slot, self.roster)
+                raise
+            self.record.note(show(member), list(shown.values()))
+
+    def _shown(
+        self, slot: str, tensors: list[Any], context: dict[str, list[Any]], touched: list[int]
+    ) -> dict[int, Tensor]:
+        """The tensors that take part in a slot, whether something acts on them or not."""
+        shown = {i: t for i, t in enumerate(tensors) if slot == "post" or self.grads.of[i] is not None}
+        if slot == "update":  # where nothing acts, there is still the parameter
+            shown.update({i: tensors[i] - context["param"][i] for i in shown.keys() - set(touched)})
+        return {i: tensor.detach() for i, tensor in shown.items()}
