@@ -21,7 +21,9 @@ from gradchain.transform import (
     State,
     Transform,
     as_stage,
+    look_at,
     require_transform,
+    require_unwritten,
     show,
 )
 
@@ -135,9 +137,10 @@ class Broadcast(Each):
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
             return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
 
-        batches = to_batch(tensor, param_ndim), _batches(group, param_ndim), {} if self.shares_state else state
+        batch, context = to_batch(tensor, param_ndim), _batches(group, param_ndim)
+        inputs = look_at(batch, context)  # out here: within vmap, tensors do not count writes
         try:
-            mapped, new_state = vmap(act, randomness="different")(*batches)
+            mapped, new_state = vmap(act, randomness="different")(batch, context, {} if self.shares_state else state)
         except RuntimeError as error:
             if "vmap:" in str(error):
                 error.args = (
@@ -145,6 +148,7 @@ class Broadcast(Each):
                     f"or act on the whole tensor, broadcast({show(self.transform)}, None).",
                 )
             raise
+        require_unwritten(self.transform, inputs)
         return mapped.reshape(tensor.shape), state if self.shares_state else new_state
 
     def check(self, group: Group) -> None:

@@ -685,8 +685,7 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
     """Return ``call()``, what ``owner`` makes of ``tensor``, or raise where that breaks the contract of a transform."""
     if tensor.numel() == 0:
         return tensor.clone()
-    inputs = {"its input": tensor, **{f'group["{key}"]': group[key] for key in CONTEXT if key in group}}
-    versions = [_version(value) for value in inputs.values()]
+    inputs = look_at(tensor, group)
     try:
         result = call()
     except KeyError as error:
@@ -696,9 +695,11 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
         if key not in CONTEXT:
             error.args = (f"{show(owner)}: {key!r}; the group has no such key, defaults={{{key!r}: ...}} would set it",)
             raise
+        absent = "; in post, a parameter without a gradient has none, which group.get tells" if key == "grad" else ""
         raise ValueError(
             f'{show(owner)} needs group["{key}"], a tensor of the shape {tuple(tensor.shape)} of its input; the group '
-            f'has the keys {sorted(map(str, group))}. Pass {{"{key}": ...}}, or use it in a slot that sets "{key}".'
+            f'has the keys {sorted(map(str, group))}. Pass {{"{key}": ...}}, or use it in a slot that sets '
+            f'"{key}"{absent}.'
         ) from None
     if not isinstance(result, Tensor):
         raise TypeError(f"{show(owner)} must return a tensor like its input, got {type(result).__name__}")
@@ -707,12 +708,23 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
         if received != expected:
             received, expected = (tuple(v) if isinstance(v, torch.Size) else v for v in (received, expected))
             raise ValueError(f"{show(owner)} must keep the {attribute} of its input, {expected}, got {received}")
-    for (name, value), version in zip(inputs.items(), versions, strict=True):
+    require_unwritten(owner, inputs)
+    return result
+
+
+def look_at(tensor: Tensor, group: Group) -> list[tuple[str, Tensor, int]]:
+    """What must not be written to, each with how often it has been."""
+    inputs = {"its input": tensor, **{f'group["{key}"]': group[key] for key in CONTEXT if key in group}}
+    return [(name, value, _version(value)) for name, value in inputs.items()]
+
+
+def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) -> None:
+    """Raise where ``owner`` has written to one of ``inputs`` since ``look_at``."""
+    for name, value, version in inputs:
         if _version(value) != version:
             raise ValueError(
                 f"{show(owner)} wrote to {name}; return a new tensor instead (mul for mul_, clamp for clamp_)"
             )
-    return result
 
 
 class _OnDemand(dict[str, Any]):

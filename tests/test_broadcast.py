@@ -152,9 +152,13 @@ def test_context_of_another_shape() -> None:
     ("broken", "message"),
     [
         (lambda t, g: t.sum(), r"<lambda> must keep the shape of its input, \(3,\), got \(\)"),
+        # found: 32
+        (lambda t, g: t.mul_(2), "<lambda> wrote to its input; return a new tensor instead"),
+        (lambda t, g: g["param"].mul_(2), r'<lambda> wrote to group\["param"\]'),
+        (lambda t, g: None, "<lambda> must return a tensor like its input, got NoneType"),
         (lambda t, g: t * t.sum().item(), "We don't support vmap over calling .item()"),
     ],
 )
 def test_broken_function(broken: Callable[[Tensor, Group], Tensor], message: str) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        broadcast(broken, 1)(torch.ones(2, 3), {})
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        broadcast(broken, 1)(torch.ones(2, 3), {"param": torch.ones(2, 3)})

@@ -280,8 +280,7 @@ class _Pure(_Operation):
                 raise
             if new_state is not state:
                 work.new_states.append((state, own(new_state, tensor, *context.values())))
-            if result is not tensor:
-                tensor.copy_(result)
+            _write([tensor], [result])
 
 
 class _Measure(_Operation):
@@ -345,11 +344,10 @@ class _Together(_Operation):
             raise
         _raise_if_skipped(zip(states, new_states, strict=True))
         inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
-        for tensor, state, result, new_state in zip(tensors, states, results, new_states, strict=True):
+        for state, new_state in zip(states, new_states, strict=True):
             if new_state is not state:
                 work.new_states.append((state, own(new_state, *inputs)))
-            if result is not tensor and tensor.numel():
-                tensor.copy_(result)
+        _write(tensors, results)
 
 
 class _Distributed(_Operation):
@@ -615,6 +613,14 @@ def _require_fit(name: str, value: Tensor, shape: torch.Size) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must broadcast to a tensor of shape {tuple(shape)}, got shape {tuple(value.shape)}")
+
+
+def _write(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Copy each result into its tensor. One that is a view of them, such as ``tensor.T``, must be read before."""
+    pairs = [pair for pair in zip(tensors, results, strict=True) if pair[0] is not pair[1] and pair[0].numel()]
+    values = own({str(i): result for i, (_, result) in enumerate(pairs)}, *(tensor for tensor, _ in pairs))
+    for (tensor, _), value in zip(pairs, values.values(), strict=True):
+        tensor.copy_(value)
 
 
 def own(state: State, *inputs: Tensor) -> State:

@@ -29,6 +29,7 @@ from gradchain import (
     reject_from_param,
     scale,
     sign,
+    transform,
 )
 
 
@@ -664,6 +665,54 @@ def test_failed_transform_is_located_and_changes_nothing(
     assert [x.grad.tolist() for x in xs.values() if x.grad is not None] == [[5.0, 6.0], [7.0, 8.0]]
 
 
+# found: 32
+@pytest.mark.parametrize("slot", ["pre", "post"])
+@pytest.mark.parametrize("param_ndim", [0, 1, None])
+def test_writing_to_an_input_is_an_error_for_sub_tensors_too(slot: str, param_ndim: int | None) -> None:
+    x = nn.Parameter(torch.ones(2, 2))
+    x.grad = torch.ones(2, 2)
+    arguments: dict[str, Any] = {slot: lambda t, g: t.mul_(2)}
+    optim = ParamTransformingOptimizer([x], lr=1.0, param_ndim=param_ndim, **arguments)
+    with pytest.raises(
+        ValueError, match=rf"{slot}, group 0, parameter 0 .*: <lambda> wrote to its input; return a new"
+    ):
+        optim.step()
+    assert torch.equal(x, torch.ones(2, 2))
+    assert torch.equal(x.grad, torch.ones(2, 2))
+
+
+@transform
+def transpose(tensor: Tensor, group: Group) -> Tensor:
+    return tensor.T
+
+
+VIEWS: list[Any] = [
+    lambda t, g: t.T,
+    transpose(),
+    lambda t, g: t[1:2].expand(2, 2),
+    lambda t, g: t.reshape(-1)[1:3].expand(2, 2),
+    lambda t, g: t.diagonal().expand(2, 2).T,
+    lambda t, g: t,
+]
+
+
+# found: 19
+@pytest.mark.parametrize("slot", ["pre", "update", "post"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_function_may_return_a_view_of_its_input(slot: str, view: Any, together: bool) -> None:
+    grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    expected = view(-grad if slot == "update" else grad, {}).clone()
+    x = torch.zeros(2, 2, requires_grad=True)
+    x.grad = grad.clone()
+    if slot == "post":
+        with torch.no_grad():
+            x.add_(2 * grad)  # what the step leaves of it is grad
+    arguments: dict[str, Any] = {slot: masked(view, torch.tensor(True)) if together else view}
+    ParamTransformingOptimizer([x], lr=1.0, param_ndim=None, **arguments).step()
+    assert torch.equal(x.detach(), -expected if slot == "pre" else expected)
+
+
 def test_failed_evaluation_of_lbfgs_restores_the_parameters() -> None:
     x = param(4.0, 3.0)
     start = x.detach().clone()
@@ -699,6 +748,35 @@ def test_missing_context_says_which_slot_has_it() -> None:
     optim = ParamTransformingOptimizer([param(1.0, 2.0)], post=reject_from_param())
     with pytest.raises(ValueError, match=r'post, .*reject_from_param\(\) needs group\["param"\]'):
         optim.step()
+
+
+def read_grad(tensor: Tensor, group: Group) -> Tensor:
+    grad: Tensor = group["grad"]
+    return tensor - grad
+
+
+read_grad_by_rule = transform(read_grad)
+
+
+@read_grad_by_rule.in_place
+def _read_grad(tensors: list[Tensor], group: Group) -> None:
+    torch._foreach_sub_(tensors, group["grad"])
+
+
+# found: 21
+@pytest.mark.parametrize("param_ndim", [-1, None])
+@pytest.mark.parametrize(
+    "reads",
+    [read_grad, transform(read_grad)(), read_grad_by_rule(), masked(read_grad, torch.tensor(True))],
+    ids=["function", "transform", "rule", "masked"],
+)
+def test_a_parameter_without_a_gradient_has_none_as_context(reads: Any, param_ndim: int | None) -> None:
+    xs = [param(1.0, 2.0, grad=[5.0, 6.0]), param(3.0, 4.0)]
+    optim = ParamTransformingOptimizer(xs, post=reads, param_ndim=param_ndim)
+    missing = r'needs group\["grad"\].*; in post, a parameter without a gradient has none, which group.get tells'
+    with pytest.raises(ValueError, match=f"post, group 0, parameter 1 .*stage 0, .*{missing}"):
+        optim.step()
+    assert [x.tolist() for x in xs] == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_is_an_optimizer_also_when_its_class_is_replaced() -> None:
