@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim, sub_ndim
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Transform, locate, merge_hyperparameters, number_keys, require_transform
+from gradchain.transform import Group, Transform, is_same, locate, merge_hyperparameters, number_keys, require_transform
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -82,6 +82,14 @@ def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) 
     for group in param_groups:
         for key, value in defaults.items():
             group.setdefault(key, value)
+
+
+def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any]) -> Group:
+    """A copy of ``group``, with the ``new`` defaults where it has the ``old`` ones, and without keys that are gone."""
+    own = {
+        key: value for key, value in group.items() if key not in old or (key in new and not is_same(value, old[key]))
+    }
+    return {**new, **own}
 
 
 def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:

@@ -127,13 +127,18 @@ class Engine:
         known, numbered = self.numbered
         if all(given[slot] is known.get(slot) for slot in SLOTS):
             return numbered
-        kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
-        new = {slot: each for slot, each in given.items() if slot not in kept}
-        chains = {**given, **kept, **number_chains(new, prefixes(kept.values()))}
+        chains = self.number(given)
         if not torch.compiler.is_compiling():
             self.numbered = given, chains
             self._stages = {slot: broadcast(each) for slot, each in chains.items()}
         return chains
+
+    def number(self, given: dict[str, Chain]) -> dict[str, Chain]:
+        """``given``, a chain for each slot, with keys beside those of the slots that have theirs already."""
+        known, numbered = self.numbered
+        kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
+        new = {slot: each for slot, each in given.items() if slot not in kept}
+        return {**given, **kept, **number_chains(new, prefixes(kept.values()))}
 
     def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
@@ -153,6 +158,18 @@ class Engine:
         self.reset(states)
         inner_opt = self.owner.inner_opt
         states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
+
+    def add_states_to(self, state_dict: Group) -> None:
+        """Put the states into a state dict of the inner optimizer."""
+        members, states = self.roster.members, self.follow()
+        for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
+            begun = [member for member in members if slot in states.by_param.get(member.param, {})]
+            states.start(slot, self.stage(slot), begun)
+        states.add_to(state_dict, members)
+
+    def drop_states_of_others(self, slot: str) -> None:
+        """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
+        self.states.keep_fitting({slot: self.stage(slot)}, self.roster.members)
 
     @torch.no_grad()
     def start(self) -> None:

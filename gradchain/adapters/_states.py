@@ -189,6 +189,15 @@ class TransformStates:
                     locate(error, f"{slot}, {member.place()}: the loaded state is not one of {show(stages[slot])}")
                     raise
 
+    @torch.no_grad()
+    def keep_fitting(self, stages: Mapping[str, Chain], members: Iterable[Member]) -> None:
+        """Drop the states, in the slots of ``stages``, for which there is no such transform."""
+        for member in members:
+            states = self.by_param.get(member.param, {})
+            for slot in states.keys() & stages.keys():
+                first = first_state(slot, stages[slot], member)
+                states[slot] = {k: s for k, s in states[slot].items() if k in first and _is_like(s, first[k])}
+
     def copy_beside(self, inner_state: Any) -> Any:
         """A copy of the state of the inner optimizer, with the same parameters and these states."""
         kept = [*inner_state, *self.by_param, *self.by_param.values()]
@@ -237,6 +246,14 @@ def _require_like(state: Any, expected: State, *path: str) -> None:
         elif not isinstance(value, Tensor) or _kind(value) != _kind(first):
             got = f"one of shape {_kind(value)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{place}{key!r} must be a tensor of shape {_kind(first)}, got {got}")
+
+
+def _is_like(state: Any, expected: State) -> bool:
+    try:
+        _require_like(state, expected)
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(tensor: Tensor) -> str:

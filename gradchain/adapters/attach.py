@@ -369,7 +369,7 @@ class _Hooks:
         running.finish()
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self.engine.follow().add_to(state_dict, self.engine.roster.members)
+        self.engine.add_states_to(state_dict)
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loaded, bare = self.engine.take_states(state_dict, self.defaults)

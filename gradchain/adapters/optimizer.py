@@ -21,6 +21,7 @@ from gradchain.adapters._construction import (
     make_chains,
     make_inner,
     number_chains,
+    replace_defaults,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
@@ -63,6 +64,9 @@ class ParamTransformingOptimizer(Optimizer):
     stop a step at any place. With ``update``, a closure, a hook, or ``post`` where a chain has a function without a
     rule, the parameters are still as before or after it; else they, like the states, are as far as the step had come.
     A checkpoint that is loaded then brings all back.
+
+    The chains can be replaced: ``optimizer.pre = chain(...)``. Transforms of the same name go on with their states, and
+    others start anew. Hyperparameters that no group has changed follow the new chain.
 
     A step with a learning rate of 0 and zero gradients, which ``torch.distributed.checkpoint`` makes to see the state,
     moves nothing.
@@ -208,6 +212,29 @@ class ParamTransformingOptimizer(Optimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.inner_opt.defaults = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SLOTS and name in self.__dict__:
+            self._replace_chain(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _replace_chain(self, slot: str, transform: Transform | None) -> None:
+        chains = {**self._chains(), **make_chains(**{slot: transform})}
+        numbered = self._engine.number(chains)
+        old, new = hyperparameters(self._engine.chains()), hyperparameters(numbered)
+        # First where ``defaults`` differ from what the chains say, then where groups differ from both.
+        defaults = replace_defaults(self._own_defaults, old, new)
+        groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]
+        for index, group in enumerate(groups):
+            check_group(index, group, numbered)
+        for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
+            for key in old.keys() - new.keys():
+                known.pop(key, None)
+            known.update(updated)
+        self._own_defaults = self.inner_opt.__dict__["_gradchain_defaults"] = defaults
+        self.__dict__.update(chains)
+        self._engine.drop_states_of_others(slot)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; see the class.
@@ -385,7 +412,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.follow().add_to(state_dict, self._engine.roster.members)
+        self._engine.add_states_to(state_dict)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict

@@ -18,14 +18,19 @@ from gradchain import (
     ParamTransformingOptimizer,
     State,
     Transform,
+    add,
     broadcast,
     chain,
     clamp,
     clip_by_norm,
+    ema,
+    lookahead,
+    masked,
     normalize,
     project_l2_ball,
     scale,
     sign,
+    trace,
     transform,
 )
 from tests.cases import CASES
@@ -396,3 +401,95 @@ def test_transform_that_writes_to_its_context() -> None:
     params = make_params()
     with pytest.raises(ValueError, match=r'pre, group 0, .*: writes wrote to group\["param"\]; return a new tensor'):
         train(ParamTransformingOptimizer(params, pre=writes, param_ndim=None), params, range(1))
+
+
+# Chains that are replaced
+
+
+def with_chains(params: Any, chains: dict[str, Any]) -> ParamTransformingOptimizer:
+    return ParamTransformingOptimizer(params, **chains)
+
+
+# found: 22
+@pytest.mark.parametrize("slot", ["pre", "update", "post"])
+def test_a_chain_with_other_states_in_place_of_one(slot: str) -> None:
+    params, plain = make_params(), make_params()
+    kept = average() if slot == "post" else masked(average(), lambda group: True)
+    optim = with_chains(params, {slot: chain(kept, ema(0.9), lookahead(2, 0.5))})
+    train(optim, params, range(2))
+    states = copy.deepcopy(optim._engine.states.by_param[params[0]][slot])
+    setattr(optim, slot, chain(trace(0.9), ema(0.5), average()))
+    now = optim._engine.states.by_param[params[0]][slot]
+    assert_equal(now, {key: states[key] for key in ("average", "ema")})
+    other = with_chains(plain, {slot: chain(trace(0.9), ema(0.5), average())})
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))
+    for theirs, ours in zip(plain, params, strict=True):
+        theirs.data.copy_(ours.data)
+    train(optim, params, range(2, 5))
+    train(other, plain, range(2, 5))
+    assert_equal(params, plain)
+    assert_equal(optim.state_dict(), other.state_dict())
+
+
+# found: 22
+def test_a_transform_of_the_same_name_with_another_state() -> None:
+    def cumulate(**first: Tensor) -> Any:
+        @transform(init=lambda tensor, group: dict(first))
+        def cumulate(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+            return tensor + sum(state.values()), state
+
+        return cumulate()
+
+    x = nn.Parameter(torch.ones(2))
+    optim = ParamTransformingOptimizer([x], post=cumulate(a=torch.ones(2)), param_ndim=None)
+    optim.step()
+    optim.post = cumulate(b=2 * torch.ones(2))
+    optim.step()
+    assert x.tolist() == [4.0, 4.0]
+
+
+# found: 43
+def test_defaults_of_a_chain_in_place_of_one() -> None:
+    x, y = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+    groups: list[dict[str, Any]] = [{"params": [x]}, {"params": [y], "clip_by_norm.max_norm": 2.0}]
+    optim = ParamTransformingOptimizer(
+        groups, pre=chain(clip_by_norm(1.0), ema(0.9)), lr=1.0, param_ndim=None, defaults={"epsilon": 3.0}
+    )
+    optim.pre = chain(clip_by_norm(5.0), add(0.0))
+    for param in (x, y):
+        param.grad = torch.full((4,), 10.0)
+    optim.step()
+    assert [param.norm().item() for param in (x, y)] == [5.0, 2.0]
+    assert [(group["clip_by_norm.max_norm"], group["epsilon"]) for group in optim.param_groups] == [(5, 3), (2, 3)]
+    assert not any("ema.decay" in known for known in (optim.defaults, *optim.param_groups))
+    assert (optim.defaults["clip_by_norm.max_norm"], optim.defaults["add.bias"]) == (5.0, 0.0)
+    optim.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert optim.param_groups[2]["clip_by_norm.max_norm"] == 5.0
+    optim.pre = clip_by_norm(6.0)  # type: ignore[assignment]
+    assert optim.pre == chain(clip_by_norm(6.0))
+    optim.pre = None  # type: ignore[assignment]
+    assert optim.pre == chain()
+    assert not any("clip_by_norm.max_norm" in group for group in optim.param_groups)
+
+
+# found: 43
+def test_a_default_given_beside_a_chain_outlives_it() -> None:
+    x = nn.Parameter(torch.zeros(4))
+    optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), defaults={"clip_by_norm.max_norm": 3.0})
+    optim = copy.deepcopy(optim)
+    optim.pre = chain(clip_by_norm(5.0))
+    assert (optim.param_groups[0]["clip_by_norm.max_norm"], optim.defaults["clip_by_norm.max_norm"]) == (3.0, 3.0)
+
+
+# found: 43
+@pytest.mark.parametrize(
+    ("pre", "error"),
+    [(clip_by_norm, "is the factory"), (3, "must be a callable"), (chain(clamp(0.0, 1.0)), "group 0: stage 0, clamp")],
+)
+def test_a_chain_that_cannot_replace_one(pre: Any, error: str) -> None:
+    optim = ParamTransformingOptimizer([{"params": make_params(), "clamp.max": -1.0}], pre=clamp(-2.0, 1.0))
+    before, groups = optim.pre, copy.deepcopy(optim.param_groups)
+    with pytest.raises((TypeError, ValueError), match=error):
+        optim.pre = pre
+    assert optim.pre is before
+    assert_equal(optim.param_groups, groups)
