@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradchain._sharding import distribute, is_distributed
 from gradchain.chain import Chain, chain
 from gradchain.transform import Combinator, Group, Stage, State, Transform, locate, show, transform
 
@@ -143,14 +144,20 @@ class Masked(Combinator):
         """The same for another transform."""
         return masked(members[0], self.where)
 
-    def _mix(self, result: Tensor, tensor: Tensor, group: Group) -> Tensor:
+    def mix(self, result: Tensor, tensor: Tensor) -> Tensor:
+        """``result`` where it is selected, and ``tensor`` elsewhere."""
         if not isinstance(self.where, Tensor) or not tensor.numel():
             return result
+        mask = self.where.to(tensor.device).expand(tensor.shape)
+        return torch.where(distribute(mask, tensor) if is_distributed(tensor) else mask, result, tensor)
+
+    def _mix(self, result: Tensor, tensor: Tensor, group: Group) -> Tensor:
         try:
-            return torch.where(self.where.to(tensor.device).expand(tensor.shape), result, tensor)
+            return self.mix(result, tensor)
         except RuntimeError as error:
             error.failed_group = group  # type: ignore[attr-defined]
-            locate(error, f"masked: the mask of shape {tuple(self.where.shape)} does not fit {tuple(tensor.shape)}")
+            shape = tuple(self.where.shape) if isinstance(self.where, Tensor) else ()
+            locate(error, f"masked: the mask of shape {shape} does not fit {tuple(tensor.shape)}")
             raise
 
     def selects(self, group: Group) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from operator import is_
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
@@ -13,7 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
-from gradchain.adapters._construction import check_group, check_support, number_chains, prefixes, warn_of_unread
+from gradchain.adapters._construction import (
+    check_group,
+    check_support,
+    describe,
+    number_chains,
+    prefixes,
+    warn_of_unread,
+)
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
 from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
 from gradchain.broadcast import broadcast
@@ -159,6 +167,10 @@ class Engine:
         inner_opt = self.owner.inner_opt
         states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
+        return self.follow().averaged(self.stage("post"))
+
     def add_states_to(self, state_dict: Group) -> None:
         """Put the states into a state dict of the inner optimizer."""
         members, states = self.roster.members, self.follow()
@@ -299,9 +311,9 @@ class Step:
                 for grad, value in saved:
                     grad.copy_(value)
                 raise
-            for group in self.owner.param_groups:
+            for index, group in enumerate(self.owner.param_groups):
                 if rescales(group):
-                    _rescale_grads(group)
+                    _rescale_grads(index, group)
 
     def transforming(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """``closure``, with gradients transformed after every evaluation."""
@@ -418,16 +430,29 @@ def rescales(group: Group) -> bool:
     return isinstance(factor, Tensor) or isinstance(bias, Tensor) or factor != 1.0 or bias != 0.0
 
 
-def _rescale_grads(group: Group) -> None:
+def _rescale_grads(group_index: int, group: Group) -> None:
     factor, bias = group.get("grad_scale", 1.0), group.get("grad_bias", 0.0)
-    grads = [param.grad for param in group["params"] if param.grad is not None]
-    plain = [grad for grad in grads if not is_distributed(grad)]
+    shifts = isinstance(bias, Tensor) or bias != 0.0
+    plain: list[Tensor] = []
+    others: list[Tensor] = []
+    for index, param in enumerate(group["params"]):
+        if (grad := param.grad) is None:
+            continue
+        if grad.layout is not torch.strided and shifts:
+            raise TypeError(
+                f"{describe(group_index, group, index)}: grad_bias is added to every element, and so needs a dense "
+                f"gradient, got the layout {grad.layout}; use grad.to_dense(), or the number 0 for grad_bias"
+            )
+        is_plain = grad.layout is torch.strided and not is_distributed(grad)  # which a list cannot have beside others
+        (plain if is_plain else others).append(grad)
     if plain:
         torch._foreach_mul_(plain, factor)
+    if plain and shifts:
         torch._foreach_add_(plain, bias)
-    for grad in grads if len(plain) < len(grads) else ():
-        if is_distributed(grad):  # which a list cannot have beside others
-            grad.mul_(factor).add_(bias)
+    for grad in others:
+        grad.mul_(factor)
+        if shifts:
+            grad.add_(bias)
 
 
 def is_rehearsal(param_groups: Sequence[Group]) -> bool:

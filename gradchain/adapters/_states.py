@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from gradchain.adapters._construction import describe
 from gradchain.adapters._plan import map_state, own
 from gradchain.chain import Chain
-from gradchain.transform import Group, Stage, State, locate, show
+from gradchain.masked import Masked
+from gradchain.transform import Combinator, Group, Stage, State, locate, show
 
 ByParam: TypeAlias = dict[Tensor, State]
 
@@ -155,12 +156,12 @@ class TransformStates:
         return TransformStates(by_param), {**state_dict, "state": bare}
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self, post: Chain) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
-        found = {param: _find(states.get("post", {}), "average") for param, states in self.by_param.items()}
-        if any(len(states) > 1 for states in found.values()):
+        found = {param: _averages(post, states.get("post", {}), param) for param, states in self.by_param.items()}
+        if any(len(averages) > 1 for averages in found.values()):
             raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
-        averages = {param: states[0]["average"] for param, states in found.items() if states}
+        averages = {param: each[0] for param, each in found.items() if each}
         current = {param: param.detach().clone() for param in averages}
         try:
             _write(averages)
@@ -222,11 +223,16 @@ def _write(values: Mapping[Tensor, Tensor]) -> None:
         param.copy_(value)
 
 
-def _find(state: State, key: str) -> list[State]:
-    """The dicts within ``state`` that have ``key``."""
-    if key in state:
-        return [state]
-    return [found for value in state.values() if isinstance(value, dict) for found in _find(value, key)]
+@torch.no_grad()
+def _averages(stage: Stage, state: State, param: Tensor) -> list[Tensor]:
+    """The averages of ``param`` that ``stage`` keeps, with the values of ``param`` where a mask selects nothing."""
+    if isinstance(stage, Masked):
+        averages = _averages(stage.stages[0], state, param)
+        return [stage.mix(average, param) for average in averages]
+    if isinstance(stage, Combinator):
+        below = [(stage.stages[index], state[key]) for index, key in stage.keys.items() if key in state]
+        return [average for member, of_it in below for average in _averages(member, of_it, param)]
+    return [state["average"]] if "average" in state else []
 
 
 def _require_like(state: Any, expected: State, *path: str) -> None:

@@ -116,9 +116,6 @@ class Attached:
     """Transforms around the steps of an optimizer, as long as they are not removed. Made by ``attach``.
 
     Attributes:
-        pre: The chain of each gradient.
-        update: The chain of each displacement.
-        post: The chain of each parameter.
         defaults: The keys that joined the param groups, with the values for those that lacked them.
     """
 
@@ -126,8 +123,23 @@ class Attached:
         self._hooks = Weak(hooks)
         self._optimizer = Weak(hooks.inner_opt)
         self._name = type(hooks.inner_opt).__name__
-        self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
+        self._chains = dict(chains)
         self.defaults = dict(defaults)
+
+    @property
+    def pre(self) -> Chain:
+        """The chain of each gradient. To replace one, ``remove()``, and attach another."""
+        return self._chains["pre"]
+
+    @property
+    def update(self) -> Chain:
+        """The chain of each displacement."""
+        return self._chains["update"]
+
+    @property
+    def post(self) -> Chain:
+        """The chain of each parameter."""
+        return self._chains["post"]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -179,7 +191,7 @@ class Attached:
         """
         if not self._hooks.exists:
             raise RuntimeError(f"{self!r} is removed, and its averages with it; call averaged() before remove()")
-        with self._hooks().engine.follow().averaged():
+        with self._hooks().engine.averaged():
             yield
 
     def __enter__(self) -> Attached:

@@ -394,7 +394,7 @@ class ParamTransformingOptimizer(Optimizer):
             >>> x.item()
             0.0
         """
-        with self._engine.follow().averaged():
+        with self._engine.averaged():
             yield
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

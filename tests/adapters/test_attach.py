@@ -781,3 +781,11 @@ def test_what_is_no_optimizer_or_only_looks_like_one() -> None:
         attach(nn.Linear(2, 2), pre=sign())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Around has no step hooks, .*attach to that, its .optimizer"):
         attach(Around(SGD(make_params())), pre=sign())
+
+
+# found: 43
+def test_chains_of_what_is_attached_cannot_be_replaced() -> None:
+    handle: Any = attach(SGD(make_params()), pre=sign())
+    with pytest.raises(AttributeError):
+        handle.pre = chain()
+    assert handle.pre == chain(sign())

@@ -27,6 +27,8 @@ from gradchain import (
     lookahead,
     masked,
     normalize,
+    param_ema,
+    partition,
     project_l2_ball,
     scale,
     sign,
@@ -493,3 +495,35 @@ def test_a_chain_that_cannot_replace_one(pre: Any, error: str) -> None:
         optim.pre = pre
     assert optim.pre is before
     assert_equal(optim.param_groups, groups)
+
+
+# found: 43
+@pytest.mark.parametrize("average", [param_ema(0.5, debias=False), lookahead(9, 0.5)])
+@pytest.mark.parametrize("deeper", [False, True])
+def test_averages_of_the_selected_entries(average: Any, deeper: bool) -> None:
+    x = nn.Parameter(torch.tensor([[4.0, 8.0]]))
+    mask = torch.tensor([True, False])
+    inner = masked(chain(average, scale(1.0)), torch.tensor([[True, True]])) if deeper else average
+    optim = ParamTransformingOptimizer([("x", x)], post=partition({"y": chain(), "*": masked(inner, mask)}), lr=1.0)
+    x.grad = torch.tensor([[2.0, 2.0]])
+    optim.step()
+    start = 4.0 if "lookahead" in repr(average) else 3.0
+    with optim.averaged():
+        assert x.tolist() == [[start, 6.0]]
+    assert x.tolist() == [[2.0, 6.0]]
+
+
+# found: 43
+def test_grad_scale_of_a_sparse_gradient() -> None:
+    embedding, other = nn.Embedding(4, 2, sparse=True), nn.Parameter(torch.ones(2))
+    optim = ParamTransformingOptimizer([embedding.weight, other], grad_scale=2.0, lr=1.0)
+    before = embedding.weight.detach().clone()
+    (embedding(torch.tensor([1, 1, 3])).sum() + other.sum()).backward()
+    optim.step()
+    assert (before - embedding.weight).tolist() == [[0.0, 0.0], [4.0, 4.0], [0.0, 0.0], [2.0, 2.0]]
+    assert other.tolist() == [-1.0, -1.0]
+    optim.param_groups[0]["grad_bias"] = 1.0
+    with pytest.raises(
+        TypeError, match=r"group 0, parameter 0 of shape .*grad_bias .* needs a dense .*sparse_coo; use"
+    ):
+        optim.step()
