@@ -22,8 +22,8 @@ from gradchain.adapters._construction import (
     prefixes,
     warn_of_unread,
 )
-from gradchain.adapters._plan import Item, Plan, SkippedStep, Work
-from gradchain.adapters._states import Gradients, Member, Roster, TransformStates
+from gradchain.adapters._plan import Item, Plan, SkippedStep, Work, needs_dense
+from gradchain.adapters._states import Member, Roster, Tensors, TransformStates
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
 from gradchain.transform import Group, locate
@@ -108,8 +108,10 @@ class Engine:
 
     def follow(self) -> TransformStates:
         """The states, as others have left them in the inner optimizer."""
-        if self.states.by_param and not torch.compiler.is_compiling() and self.states.follow(self.owner.inner_opt):
-            self._plans = None
+        if self.states.by_param and not torch.compiler.is_compiling():
+            if self.states.follow(self.owner.inner_opt):
+                self._plans = None
+            _ = self.roster  # new parameters may have brought theirs along
         return self.states
 
     @property
@@ -118,6 +120,7 @@ class Engine:
         known = self._roster
         if known is None or not known.is_of(self.owner.param_groups):
             known = Roster(self.owner.param_groups)
+            self.states.adopt(self.owner.inner_opt, known.params)
             self._roster = None if torch.compiler.is_compiling() else known
         return known
 
@@ -190,28 +193,23 @@ class Engine:
             self.states.start(slot, self.stage(slot), self.roster.members)
         self.states.show_in(self.owner.inner_opt)
 
-    def plans(self, roster: Roster, grads: Gradients) -> Plans:
-        """What there is to do, made anew when parameters, or those with gradients, are others."""
+    def plans(self, roster: Roster, tensors: Tensors) -> Plans:
+        """What there is to do, made anew when anything that it depends on is not as it was."""
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
-        if known is None or not (
-            all(map(is_, known.chains, chains))
-            and known.roster is roster
-            and known.grads_form == grads.form
-            and known.seen == known.look()
-        ):
+        if known is None or not known.are_for(chains, roster, tensors):
             for index, group in enumerate(roster.groups):
                 check_support(index, group)  # which can have changed since construction
-            known = Plans(chains, roster, grads.form)
+            known = Plans(chains, roster, tensors)
             for slot, members in zip(SLOTS, chains, strict=True):
                 if members:
                     try:
-                        known.of[slot] = self._make_plan(slot, roster, grads)
+                        known.of[slot] = self._make_plan(slot, known, tensors)
                     except Exception as error:
                         say_where(error, slot, roster)
                         raise
             known.finish()
-            self._plans = None if torch.compiler.is_compiling() else known
+            self._plans = known if known.can_be_kept else None
         for slot, plan in known.of.items():
             try:
                 plan.prepare()
@@ -220,15 +218,16 @@ class Engine:
                 raise
         return known
 
-    def _make_plan(self, slot: str, roster: Roster, grads: Gradients) -> Plan:
+    def _make_plan(self, slot: str, plans: Plans, tensors: Tensors) -> Plan:
+        roster = plans.roster
         stage = self.stage(slot)
-        takes_part = [slot == "post" or grad is not None for grad in grads.of]
+        takes_part = [slot == "post" or grad is not None for grad in tensors.grads]
         # Where a state is one for all parameters, those without a gradient keep up.
         stateful = [m for m, takes in zip(roster.members, takes_part, strict=True) if takes or stage.shares_state]
         self.states.start(slot, stage, stateful)
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
-        for member, grad in zip(roster.members, grads.of, strict=True):
+        for member, grad in zip(roster.members, tensors.grads, strict=True):
             has_grad = grad is not None and grad.layout is torch.strided
             items.append(
                 Item(
@@ -238,7 +237,9 @@ class Engine:
                     context=tuple(key for key in context if key != "grad" or has_grad),
                     state=self.states.of(slot, member),
                     takes_part=slot == "post" or grad is not None,
-                    is_contiguous=grads.are_contiguous and member.param.is_contiguous(),
+                    is_contiguous=member.param.is_contiguous() and (grad is None or grad.is_contiguous()),
+                    is_new=member.param in self.states.new,
+                    watched=plans.watched,
                 )
             )
         plan = Plan(stage, items)
@@ -250,21 +251,40 @@ class Engine:
 class Plans:
     """The plan of each slot that has a chain, and what they depend on."""
 
-    def __init__(self, chains: tuple[Chain, ...], roster: Roster, grads_form: Any) -> None:
+    def __init__(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> None:
         self.chains = chains
         self.roster = roster
-        self.grads_form = grads_form
+        self.form = tensors.form
         self.of: dict[str, Plan] = {}
+        self.watched = {"param_ndim", "param_names", "differentiable"}
+        """The keys of the groups that they depend on."""
+        # A gradient that its parameter would not take any more is one of before the parameter was replaced.
+        self.can_be_kept = not torch.compiler.is_compiling() and all(
+            grad is None or grad.shape == param.shape for param, grad in zip(roster.params, tensors.grads, strict=True)
+        )
+
+    def are_for(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> bool:
+        """Whether all that they depend on is as it was."""
+        return (
+            all(map(is_, self.chains, chains))
+            and self.roster is roster
+            and self.form == tensors.form
+            and all(map(_is_unchanged, self.seen, self.look()))
+        )
 
     def finish(self) -> None:
         """Sum up, when all are there."""
         self.is_trusted = all(plan.is_trusted for plan in self.of.values())
-        self.watched = {"differentiable", *(key for plan in self.of.values() for key in plan.watched)}
         self.seen = self.look()
 
     def look(self) -> list[Any]:
         """The values in the groups that say which tensor is to be treated how."""
-        return [group.get(key) for group in self.roster.groups for key in self.watched]
+        values = [group.get(key) for group in self.roster.groups for key in self.watched]
+        return values + [value._version for value in values if isinstance(value, Tensor)]
+
+
+def _is_unchanged(old: Any, new: Any) -> bool:
+    return old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and bool(old == new))
 
 
 class Step:
@@ -286,14 +306,14 @@ class Step:
     def look(self) -> Plans:
         """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
         with torch.no_grad():
-            self.grads = Gradients(self.roster.params)
-            if not self.grads.are_contiguous and (self.owner.pre or "pre" in self.owner._hooked_slots):
-                for member in self.roster.members:
-                    if member.param.grad is not None:
-                        _make_grad_writable(member)
-                self.grads = Gradients(self.roster.params)
-            plans = self.engine.plans(self.roster, self.grads)
-            self.plans = plans.of
+            tensors = Tensors(self.roster.params)
+            plans = self.engine.plans(self.roster, tensors)
+            self.plans, self.grads = plans.of, tensors.grads
+            if not tensors.has_usual_grads:
+                hooked, pre = "pre" in self.owner._hooked_slots, plans.of.get("pre")
+                for i in range(len(self.grads)) if hooked else () if pre is None else pre.touched:
+                    if self.grads[i] is not None:
+                        self.grads[i] = _writable_grad(self.roster.members[i])
             return plans
 
     def transform_grads(self) -> None:
@@ -303,9 +323,9 @@ class Step:
             plan = self.plans.get("pre")
             # What is wrong with a function mostly shows in the first step.
             is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.is_trusted or plan.has_run)
-            saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads.of if grad is not None]
+            saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads if grad is not None]
             try:
-                self._run("pre", self.grads.of, {"param": self.roster.params})
+                self._run("pre", self.grads, {"param": self.roster.params})
                 self._run_hooks("pre")
             except BaseException:
                 for grad, value in saved:
@@ -347,7 +367,7 @@ class Step:
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
                 for i in update.touched:
                     params[i].sub_(self.before[i])
-                self._run("update", params, {"param": self.before, "grad": self.grads.of})
+                self._run("update", params, {"param": self.before, "grad": self.grads})
                 for i in update.touched:
                     params[i].add_(self.before[i])
             self.transform_params()
@@ -356,13 +376,14 @@ class Step:
     def transform_params(self) -> None:
         """Do what ``post`` does."""
         with torch.no_grad():
-            self._run("post", self.roster.params, {"grad": self.grads.of})
+            self._run("post", self.roster.params, {"grad": self.grads})
             self._run_hooks("post")
 
     def commit(self) -> None:
         """Keep the new states."""
         for work in self.works:
             work.commit()
+        self.engine.states.new.clear()
         self.engine.states.show_in(self.owner.inner_opt)
 
     @torch.no_grad()
@@ -413,15 +434,12 @@ def say_where(error: Exception, slot: str, roster: Roster) -> None:
         locate(error, slot if failed is None else f"{slot}, {roster.members[failed].place()}")
 
 
-def _make_grad_writable(member: Member) -> None:
-    grad = member.grad
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"pre, {member.place()}: transforms need a dense gradient, got the layout {grad.layout}; "
-            "use grad.to_dense()"
-        )
-    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-        member.param.grad = grad.contiguous()  # an expanded gradient: its elements share memory
+def _writable_grad(member: Member) -> Tensor:
+    if member.grad.layout is not torch.strided:
+        raise TypeError(f"pre, {member.place()}: {needs_dense(member.grad)}")
+    if any(stride == 0 and size > 1 for stride, size in zip(member.grad.stride(), member.grad.shape, strict=True)):
+        member.param.grad = member.grad.contiguous()  # an expanded gradient: its elements share memory
+    return member.grad
 
 
 def rescales(group: Group) -> bool:

@@ -27,7 +27,7 @@ from gradchain._sharding import (
 from gradchain.broadcast import Broadcast
 from gradchain.chain import Chain
 from gradchain.masked import Masked, Partition
-from gradchain.transform import CONTEXT, BoundTransform, Combinator, Dim, Group, Stage, State, compute_dtype, locate
+from gradchain.transform import CONTEXT, BoundTransform, Dim, Group, Stage, State, compute_dtype, locate
 
 # Tensors go through all stages in blocks of about this many bytes, which stay in the cache from one stage to the next:
 # many small tensors together, a larger one by itself, or in pieces where all stages are elementwise. Five stages over
@@ -52,6 +52,35 @@ class Item(NamedTuple):
     takes_part: bool
     is_contiguous: bool
     """In every step that the plan is for, its context included."""
+    is_new: bool
+    """Whether its state has not been in a step yet."""
+    watched: set[str]
+    """The keys of the groups that the plan depends on; what ``read`` gives notes there what is read from it."""
+
+    def read(self) -> Group:
+        """What says which transform is for it."""
+        group = {**self.group, **self.identity}
+        return group if torch.compiler.is_compiling() else _Reading(group, self.watched)
+
+
+class _Reading(Group):
+    """A group that notes which of its keys are read."""
+
+    def __init__(self, group: Group, noted: set[str]) -> None:
+        super().__init__(group)
+        self._noted = noted
+
+    def __getitem__(self, key: str) -> Any:
+        self._noted.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._noted.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._noted.add(key)
+        return super().get(key, default)
 
 
 @dataclass
@@ -94,10 +123,13 @@ class Plan:
     """What a stage does with the tensors of a slot."""
 
     def __init__(self, stage: Stage, items: Sequence[Item]) -> None:
-        self.watched = ["param_ndim", *_kinds(stage)]
-        """The keys of the groups that it depends on."""
         self.operations = _operations(stage, items, range(len(items)), ())
         self.touched = sorted({i for operation in self.operations for i in operation.at})
+        for i in self.touched:
+            if items[i].form.layout is not torch.strided:
+                error = TypeError(needs_dense(items[i].form))
+                error.failed_item = i  # type: ignore[attr-defined]
+                raise error
         self.is_trusted = all(operation.is_trusted for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
         self.has_run = False
@@ -294,7 +326,7 @@ class _Measure(_Operation):
         super().__init__(at)
         self.stage = stage
         self.group = items[self.at[0]].group
-        self.state: State = next(iter(leaves.values()), {})
+        self.state: State = leaves[_oldest(list(leaves), items)[0]] if leaves else {}
         self.view = view
         self.skips = bool(_flags(self.state))
         bound = stage.transform
@@ -321,7 +353,8 @@ class _Together(_Operation):
 
     def __init__(self, stage: Stage, items: Sequence[Item], at: Sequence[int], path: Sequence[str]) -> None:
         # Where a state is one for all, it advances for all. What takes no part is a tensor without elements.
-        super().__init__([i for i in at if items[i].takes_part or stage.shares_state])
+        at = [i for i in at if items[i].takes_part or stage.shares_state]
+        super().__init__(_oldest(at, items) if stage.shares_state else at)
         self.stage = stage
         self.items = [items[i]._replace(form=torch.empty(0)) for i in self.at]
         self.leaves: _Leaves = {i: _leaf(items[i].state, path) if stage.stateful else {} for i in self.at}
@@ -465,10 +498,10 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
             found += below
         return found
     if isinstance(stage, Masked) and not isinstance(stage.where, Tensor):
-        chosen = [i for i in at if stage.selects({**items[i].group, **items[i].identity})]
+        chosen = [i for i in at if stage.selects(items[i].read())]
         return _operations(stage.stages[0], items, chosen, path)
     if isinstance(stage, Partition):
-        kinds = {i: stage.kind({**items[i].group, **items[i].identity}) for i in at}
+        kinds = {i: stage.kind(items[i].read()) for i in at}
         parts = [[i for i in at if kinds[i] == kind] for kind in range(len(stage.stages))]
         paths = [(*path, stage.keys[kind]) if kind in stage.keys else path for kind in range(len(parts))]
         members = zip(stage.stages, parts, paths, strict=True)
@@ -496,7 +529,7 @@ def _operations_on_each(
         found.append(_Measure(stage, items, acting, leaves, view))
     if stage.shares_state:
         for i in at:
-            _leaf(items[i].state, path[:-1])[path[-1]] = leaves[at[0]]
+            _leaf(items[i].state, path[:-1])[path[-1]] = leaves[_oldest(at, items)[0]]
         leaves = {}
     kinds: dict[Any, list[int]] = {}
     for i in acting:
@@ -521,6 +554,11 @@ def _operations_on_each(
     return found
 
 
+def _oldest(at: Sequence[int], items: Sequence[Item]) -> list[int]:
+    """First those whose state, if it is one for all of them, is not that of a newcomer."""
+    return sorted(at, key=lambda i: items[i].is_new)
+
+
 def _leaf(state: State, path: Sequence[str]) -> State:
     for key in path:
         state = state[key]
@@ -535,7 +573,8 @@ def _flags(state: State) -> list[State]:
 
 
 def _raise_if_skipped(states: Iterable[tuple[State, State]]) -> None:
-    flags = [pair for old, new in states for pair in zip(_flags(old), _flags(new), strict=True)]
+    # What is as it was has not been measured: its flag is that of an earlier step.
+    flags = [(o, n) for old, new in states for o, n in zip(_flags(old), _flags(new), strict=True) if o is not n]
     # Gathered, so that the host waits once: the flag of a state that is one for all is one tensor.
     distinct = {id(new["skip_step"]): new["skip_step"] for _, new in flags}
     if distinct and bool(torch.stack(list(distinct.values())).any()):
@@ -597,15 +636,6 @@ def _blocks(at: Sequence[int], items: Sequence[Item], *, at_once: bool) -> Itera
         yield block
 
 
-def _kinds(stage: Stage) -> Iterator[str]:
-    """The keys of the groups by which ``stage`` tells parameters apart."""
-    if isinstance(stage, Partition):
-        yield stage.by
-    if isinstance(stage, Combinator):
-        for member in stage.stages:
-            yield from _kinds(member)
-
-
 def _require_fit(name: str, value: Tensor, shape: torch.Size) -> None:
     try:
         fits = torch.broadcast_shapes(value.shape, shape) == shape
@@ -613,6 +643,11 @@ def _require_fit(name: str, value: Tensor, shape: torch.Size) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must broadcast to a tensor of shape {tuple(shape)}, got shape {tuple(value.shape)}")
+
+
+def needs_dense(grad: Tensor) -> str:
+    """What is wrong with a sparse gradient."""
+    return f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()"
 
 
 def _write(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:

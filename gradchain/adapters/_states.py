@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
-from typing import Any, NamedTuple, TypeAlias, cast
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -67,20 +67,39 @@ class Roster:
         )
 
 
-class Gradients:
-    """The gradients of the parameters, as they are at one moment of a step."""
+class Tensors:
+    """The parameters and their gradients, as they are at one moment of a step."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.of = [param.grad for param in params]
-        # Written so that where all have a gradient, and none is unusual, each is looked at once.
-        try:
-            self.are_contiguous = all(map(Tensor.is_contiguous, cast("list[Tensor]", self.of)))
-            self.form: Any = self.are_contiguous or [grad.layout for grad in self.of if grad is not None]
-        except TypeError:
-            known = [grad for grad in self.of if grad is not None]
-            self.are_contiguous = all(map(Tensor.is_contiguous, known))  # which sparse ones never are
-            self.form = self.are_contiguous, [grad if grad is None else grad.layout for grad in self.of]
-        """Which parameters have a gradient, and in which layouts; True for contiguous ones of all."""
+        self.params = params
+        self.grads = [param.grad for param in params]
+        self.has_usual_grads = _are_usual(self.grads)
+        self.form = None if torch.compiler.is_compiling() else self._look()
+
+    def _look(self) -> Any:
+        """All of them that a plan depends on. It is asked for in every step, and so by calls that take no frame."""
+        grads = (
+            list(map(_DTYPE, self.grads))
+            if self.has_usual_grads
+            else [None if g is None else (g.layout, g.dtype, g.is_contiguous()) for g in self.grads]
+        )
+        # A gradient that its parameter would not take any more is that of before ``param.data`` was replaced.
+        params = self.params
+        of_params = (
+            list(map(look, params)) for look in (_SHAPE, _DTYPE, Tensor.get_device, Tensor.is_contiguous, type)
+        )
+        return *of_params, grads
+
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+
+
+def _are_usual(grads: Sequence[Any]) -> bool:
+    """Whether there are all, contiguous; so written that each is then looked at once."""
+    try:
+        return all(map(Tensor.is_contiguous, grads))  # which sparse ones never are
+    except TypeError:
+        return False
 
 
 class TransformStates:
@@ -88,21 +107,41 @@ class TransformStates:
 
     def __init__(self, by_param: ByParam | None = None) -> None:
         self.by_param: ByParam = {} if by_param is None else by_param
-        self._shown: dict[Tensor, None] = {}  # no set: graphs know none with tensors
+        self.new: dict[Tensor, None] = {}  # no set: graphs know none with tensors
+        """The parameters whose states have not been in a step yet."""
+        self._shown: dict[Tensor, None] = {}
+        self._fitted: dict[tuple[Tensor, str], Any] = {}
+        """What a parameter was like when its state of a slot was made, or found to fit."""
 
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
         return TransformStates({param: map_state(state, Tensor.clone) for param, state in self.by_param.items()})
 
     def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
-        """Make the first states of those that have none, or none of stages that the chain has got since."""
-        if stage.stateful:
-            needed = set(stage.keys.values())
-            for member in members:
-                states = self.by_param.setdefault(member.param, {})
-                known = states.get(slot, {})
-                if not needed <= known.keys():
-                    states[slot] = {**own(first_state(slot, stage, member), member.param.detach()), **known}
+        """Make the first states of those that have none, or none of stages that the chain has got since.
+
+        The states of a parameter that has another dtype than they were made for get the dtypes that they would be made
+        with now.
+        """
+        if not stage.stateful:
+            return
+        needed = set(stage.keys.values())
+        for member in members:
+            param, states = member.param, self.by_param.setdefault(member.param, {})
+            known = states.get(slot, {})
+            form = param.shape, param.dtype, member.group.get("param_ndim")
+            if needed <= known.keys() and self._fitted.get((param, slot)) == form:
+                continue
+            first = own(first_state(slot, stage, member), param.detach())
+            if not known:
+                self.new[param] = None
+            elif _shapes({**first, **known}) != _shapes({**known, **first}):
+                raise ValueError(
+                    f"{slot}, {member.place()}: the state of {show(stage)} is for a parameter of another shape; change "
+                    f'the tensors in state[param]["{KEY}"] too, or del state[param]["{KEY}"] to start anew'
+                )
+            states[slot] = {**first, **_cast(known, first)}
+            self._fitted[param, slot] = form
 
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
@@ -122,11 +161,28 @@ class TransformStates:
         changed = {param: state for param, state in found.items() if state is not self.by_param.get(param)}
         for param, state in changed.items():
             if state is None:
-                del self.by_param[param]
-                del self._shown[param]
+                self._drop(param)
             else:
-                self.by_param[param] = state
+                self._take(param, state)
         return bool(changed)
+
+    def adopt(self, inner_opt: Optimizer, params: Iterable[Tensor]) -> None:
+        """Take up the states that ``params`` have in the inner optimizer: moved there from those that they replace."""
+        for param in params:
+            state = inner_opt.state.get(param) if param not in self.by_param else None
+            if isinstance(state, dict) and KEY in state:
+                self._take(param, state[KEY])
+                self._shown[param] = None
+
+    def _drop(self, param: Tensor) -> None:
+        for slot in self.by_param.pop(param, {}):
+            self._fitted.pop((param, slot), None)
+        self._shown.pop(param, None)
+
+    def _take(self, param: Tensor, state: State) -> None:
+        self.by_param[param] = state
+        for slot in state:
+            self._fitted.pop((param, slot), None)
 
     def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
         """Put the states into a state dict of the inner optimizer."""
@@ -265,6 +321,18 @@ def _is_like(state: Any, expected: State) -> bool:
 def _kind(tensor: Tensor) -> str:
     kind = "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
     return f"{tuple(tensor.shape)}, {kind}"
+
+
+def _shapes(state: State) -> Any:
+    return map_state(state, lambda value: tuple(value.shape))
+
+
+def _cast(state: Any, like: Any) -> Any:
+    """``state``, with each tensor in the dtype that it has in ``like``; itself where it has them already."""
+    if not isinstance(state, dict):
+        return state.to(like.dtype)
+    cast = {key: _cast(value, like[key]) if key in like else value for key, value in state.items()}
+    return state if all(cast[key] is value for key, value in state.items()) else cast
 
 
 def _copy_to(state: Any, device: torch.device) -> Any:

@@ -90,7 +90,7 @@ class _TrialStep(Step):
         self, slot: str, tensors: list[Any], context: dict[str, list[Any]], touched: list[int]
     ) -> dict[int, Tensor]:
         """The tensors that take part in a slot, whether something acts on them or not."""
-        shown = {i: t for i, t in enumerate(tensors) if slot == "post" or self.grads.of[i] is not None}
+        shown = {i: t for i, t in enumerate(tensors) if slot == "post" or self.grads[i] is not None}
         if slot == "update":  # where nothing acts, there is still the parameter
             shown.update({i: tensors[i] - context["param"][i] for i in shown.keys() - set(touched)})
         return {i: tensor.detach() for i, tensor in shown.items()}

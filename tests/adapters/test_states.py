@@ -21,8 +21,10 @@ from gradchain import (
     clip_by_history,
     clip_by_norm,
     clip_by_zscore,
+    decay_to_init,
     ema,
     extrapolate,
+    keep_top_q,
     lookahead,
     masked,
     param_ema,
@@ -344,3 +346,148 @@ def test_two_averages() -> None:
     step(optim, 1.0)
     with pytest.raises(ValueError, match="post keeps two averages"), optim.averaged():
         pass
+
+
+# States of another dtype
+
+STATEFUL: list[tuple[str, Any]] = [
+    ("pre", ema(0.9)),
+    ("pre", amplify_slow(2.0, 0.9)),
+    ("pre", chain(trace(0.9), with_error_feedback(keep_top_q(0.5)))),
+    ("pre", clip_by_zscore(2.5, warmup=2)),
+    ("pre", chain(clip_by_history(50), lambda tensor, group: 2 * tensor)),
+    ("update", decay_to_init(0.1)),
+    ("post", param_ema(0.9)),
+    ("post", lookahead(2, 0.5)),
+    ("post", chain(lookahead(2, 0.5), lambda tensor, group: 2 * tensor)),
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def values_of(optim: Any) -> list[nn.Parameter]:
+    return [param for group in optim.param_groups for param in group["params"]]
+
+
+def dtypes(state: Any) -> Any:
+    return {key: dtypes(value) if isinstance(value, dict) else value.dtype for key, value in state.items()}
+
+
+# found: 3
+@pytest.mark.parametrize("loads", [True, False], ids=["loaded", "in mid-run"])
+@pytest.mark.parametrize(("before", "after"), [(a, b) for a in DTYPES for b in DTYPES if a != b])
+@pytest.mark.parametrize(("slot", "member"), STATEFUL)
+def test_state_of_another_dtype(slot: str, member: Any, before: torch.dtype, after: torch.dtype, loads: bool) -> None:
+    def make(dtype: torch.dtype) -> Any:
+        arguments: Any = {slot: member}
+        return ParamTransformingOptimizer([nn.Parameter(p.to(dtype)) for p in params()], SGD, lr=0.1, **arguments)
+
+    optim, expected = make(before), make(torch.float64)
+    for each in (optim, expected):
+        step(each, 1.0, 2.0)
+        step(each, 1.0, 2.0)
+    if loads:
+        saved, old = copy.deepcopy(optim.state_dict()), optim
+        optim = make(after)
+        for value, other in zip(values_of(optim), values_of(old), strict=True):
+            value.data.copy_(other)
+        optim.load_state_dict(saved)
+    else:
+        for param in optim.param_groups[0]["params"]:
+            param.grad, param.data = None, param.data.to(after)
+    for each in (optim, expected):
+        step(each, 3.0, -1.0)
+        step(each, 3.0, -1.0)
+    coarsest = max(torch.finfo(dtype).eps for dtype in (before, after))
+    for value, other in zip(values_of(optim), values_of(expected), strict=True):
+        assert value.dtype == after
+        torch.testing.assert_close(value.double(), other.double(), rtol=20 * coarsest, atol=20 * coarsest)
+    made = make(after)
+    step(made, 1.0, 1.0)
+    assert dtypes(optim._engine.states.by_param[values_of(optim)[1]]) == dtypes(
+        made._engine.states.by_param[values_of(made)[1]]
+    )
+
+
+# Parameters that take the place of others
+
+
+# found: 5
+@pytest.mark.parametrize("attaches", [False, True])
+@pytest.mark.parametrize("InnerOpt", [SGD, Adam])
+def test_state_that_moves_along_with_a_parameter(InnerOpt: Any, attaches: bool) -> None:
+    def make(xs: list[nn.Parameter]) -> Any:
+        chains: Any = {"pre": ema(0.9), "post": param_ema(0.5)}
+        if not attaches:
+            return ParamTransformingOptimizer(xs, InnerOpt, lr=0.1, **chains)
+        optimizer = InnerOpt(xs, lr=0.1)
+        attach(optimizer, **chains)
+        return optimizer
+
+    xs, ys = params(), params()
+    optims = [make(xs), make(ys)]
+    for optim in optims:
+        step(optim, 1.0, 2.0)
+    old, new = xs[0], nn.Parameter(xs[0].detach().clone())
+    optims[0].param_groups[0]["params"][0] = new
+    optims[0].state[new] = optims[0].state.pop(old)
+    for optim in optims:
+        step(optim, -3.0, 2.0)
+        step(optim, -3.0, 2.0)
+    assert torch.equal(new, ys[0])
+    torch.testing.assert_close(optims[0].state_dict(), optims[1].state_dict(), rtol=0, atol=0)
+    if not attaches:
+        assert old not in optims[0]._engine.states.by_param
+        with optims[0].averaged(), optims[1].averaged():
+            assert torch.equal(new, ys[0])
+
+
+# found: 5
+def test_state_that_moves_to_a_parameter_of_another_shape() -> None:
+    xs = params(1)
+    optim = ParamTransformingOptimizer(xs, Adam, pre=ema(0.9), post=clip_by_norm(9.0), lr=0.1)
+    step(optim, 1.0)
+    grown = nn.Parameter(torch.ones(3))
+    moved = optim.state.pop(xs[0])
+    for key in ("exp_avg", "exp_avg_sq"):
+        moved[key] = torch.cat([moved[key], torch.zeros(1)])
+    optim.param_groups[0]["params"][0] = grown
+    optim.state[grown] = moved
+    with pytest.raises(
+        ValueError,
+        match=r"pre, group 0, parameter 0 of shape \(3,\), torch.float32: the state of chain\(broadcast\(ema.* is for "
+        r'a parameter of another shape; change the tensors in state\[param\]\["transforms"\] too, or del',
+    ):
+        step(optim, 1.0)
+    assert grown.tolist() == [1.0, 1.0, 1.0]
+    (state,) = optim.state[grown]["transforms"]["pre"].values()
+    state["average"] = torch.cat([state["average"], torch.zeros(1)])
+    step(optim, 1.0)
+    assert grown[2] < 1.0
+
+
+# found: 5
+@pytest.mark.parametrize("attaches", [False, True])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        clip_by_zscore(2.5, warmup=5),
+        chain(lambda tensor, group: tensor, clip_by_history(50)),
+        with_error_feedback(clip_by_zscore(2.5, warmup=5)),
+        masked(clip_by_history(50), torch.tensor(True)),
+    ],
+)
+def test_history_when_a_group_is_put_first(clip: Any, attaches: bool) -> None:
+    xs = params()
+    optim: Any
+    if attaches:
+        optim = SGD(xs[:1], lr=0.1)
+        attach(optim, pre=clip)
+    else:
+        optim = ParamTransformingOptimizer(xs[:1], pre=clip, lr=0.1)
+    for _ in range(10):
+        step(optim, 1.0)
+    optim.param_groups.insert(0, {**optim.param_groups[0], "params": xs[1:]})
+    step(optim, None, 1.0)
+    step(optim, 1e4, 1e4)
+    assert xs[0].grad is not None
+    assert xs[0].grad[0] < 10

@@ -13,11 +13,14 @@ from gradchain import (
     Group,
     ParamTransformingOptimizer,
     Transform,
+    attach,
     chain,
+    masked,
     project_l2_ball,
     skip_large,
     skip_nonfinite,
     transform,
+    with_error_feedback,
 )
 from gradchain.transform import BoundTransform, State
 
@@ -306,3 +309,31 @@ def test_a_checkpoint_keeps_the_counters() -> None:
 def test_errors(make: Callable[[], Transform], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def attached(params: Any, InnerOpt: Any, *, lr: float, **arguments: Any) -> Any:
+    optimizer = InnerOpt(params, lr=lr)
+    attach(optimizer, **arguments)
+    return optimizer
+
+
+# found: 25
+@pytest.mark.parametrize("make", [ParamTransformingOptimizer, attached])
+@pytest.mark.parametrize(
+    "skip",
+    [
+        masked(masked(skip_nonfinite(), "a"), torch.tensor(True)),
+        masked(with_error_feedback(skip_large(1e6)), "a"),
+        with_error_feedback(masked(skip_nonfinite(), "a")),
+    ],
+)
+def test_flag_of_a_parameter_without_a_gradient(make: Any, skip: Transform) -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optim = make([("a", a), ("b", b)], SGD, pre=skip, lr=1.0)
+    a.grad, b.grad = torch.full((2,), NAN), torch.ones(2)
+    optim.step()
+    assert b.tolist() == [1.0, 1.0]
+    for value in (0.0, -1.0):
+        a.grad, b.grad = None, torch.ones(2)
+        optim.step()
+        assert b.tolist() == [value, value]

@@ -1,0 +1,234 @@
+"""What a plan is made for changes in mid-run: which gradients there are, and what parameters are like."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from gradchain import (
+    ParamTransformingOptimizer,
+    Transform,
+    attach,
+    chain,
+    clamp,
+    clip_by_global_norm,
+    clip_by_norm,
+    freeze,
+    masked,
+    normalize,
+    partition,
+    project_l2_ball,
+    scale,
+    sign,
+)
+
+
+def wrapped(params: Any, **arguments: Any) -> Any:
+    return ParamTransformingOptimizer(params, **{"lr": 0.1, "param_ndim": None, **arguments})
+
+
+def attached(params: Any, **arguments: Any) -> Any:
+    optimizer = SGD(params, lr=arguments.pop("lr", 0.1))
+    attach(optimizer, **{"param_ndim": None, **arguments})
+    return optimizer
+
+
+def set_grad(param: Tensor, value: Tensor | float) -> None:
+    param.grad = (
+        torch.as_tensor(value, dtype=param.dtype)
+        .expand(param.shape)
+        .clone(memory_format=torch.preserve_format if isinstance(value, Tensor) else torch.contiguous_format)
+    )
+
+
+# Which parameters have a gradient
+
+
+class TwoHeads(nn.Module):
+    """A convolution, whose gradient is not contiguous, and two heads of equal shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(4, 5)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loss(self, task: str) -> Tensor:
+        x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        out: Tensor = getattr(self, task)(self.conv(x).amax((2, 3)))
+        return 100 * out.square().sum()
+
+
+# found: 1
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize("pre", [masked(clip_by_norm(1e-3), "b.*"), clip_by_norm(1e-3), clip_by_global_norm(1e-3)])
+def test_another_task_in_each_step(make: Callable[..., Any], pre: Transform) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optim = make(model.named_parameters(), pre=pre)
+    for task in ("a", "b", "b", "a", "b"):
+        optim.zero_grad()
+        model.loss(task).backward()
+        assert model.conv.weight.grad is not None
+        assert not model.conv.weight.grad.is_contiguous()
+        optim.step()
+        if task == "b":
+            assert model.b.weight.grad is not None
+            assert model.b.weight.grad.norm() <= 1.0001e-3
+
+
+# What parameters are like
+
+LARGE = 2**20  # of more than one block
+
+
+def as_new(values: Tensor, **arguments: Any) -> Tensor:
+    """What a step of a new optimizer makes of a parameter."""
+    param = nn.Parameter(values.clone())
+    set_grad(param, 7.0)
+    wrapped([param], **arguments).step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pre": clip_by_norm(1.0)},
+        {"pre": chain(clip_by_norm(1.0), sign()), "post": chain(clamp(-0.5, 0.5), scale(0.5))},
+        {"update": chain(scale(0.5), sign()), "post": project_l2_ball(1.0)},
+        {"pre": chain(normalize(), lambda tensor, group: 2 * tensor), "param_ndim": 1},
+    ],
+)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # found: 1
+        (torch.ones(4, 3), torch.ones(6)),
+        (torch.ones(4, 3), torch.ones(6, 3)),
+        (torch.ones(6), torch.ones(2, 3, 2)),
+        (torch.ones(4, 3), torch.ones(4, 3, dtype=torch.float64)),
+        (torch.ones(LARGE // 4, 4), torch.ones(4, LARGE // 4).t()),
+        (torch.ones(2, 4, 8, 8), torch.ones(2, 4, 8, 8).to(memory_format=torch.channels_last)),
+        # found: 2
+        (torch.ones(4, 3), torch.full((4, 3), 1.0, dtype=torch.float16)),
+        (torch.ones(4, 3, dtype=torch.bfloat16), torch.ones(4, 3)),
+    ],
+)
+def test_parameter_of_another_form(make: Any, arguments: dict[str, Any], before: Tensor, after: Tensor) -> None:
+    param, other = nn.Parameter(before.clone()), nn.Parameter(torch.ones(3))
+    optim = make([param, other], **arguments)
+    set_grad(param, 7.0)
+    set_grad(other, 7.0)
+    optim.step()
+    param.grad = None
+    param.data = after.clone()
+    set_grad(param, 7.0)
+    optim.step()
+    assert param.dtype == after.dtype
+    assert_close(param.detach(), as_new(after, **arguments), rtol=0, atol=0)
+
+
+# found: 2
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize("part", ["", "1"])
+def test_half_precision_in_mid_run(make: Callable[..., Any], part: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optim = make(model.parameters(), pre=clip_by_norm(1.0))
+    for param in model.parameters():
+        set_grad(param, 1.0)
+    optim.step()
+    model.get_submodule(part).half()
+    for param in model.parameters():
+        set_grad(param, 6e4)
+    optim.step()
+    for param in model.parameters():
+        assert param.grad is not None
+        assert param.grad.float().norm() == pytest.approx(1.0, rel=1e-3)
+
+
+# found: 1
+def test_gradient_of_another_layout() -> None:
+    param = nn.Parameter(torch.ones(LARGE // 4, 4))
+    optim = wrapped([param], pre=chain(clamp(-1, 1), scale(0.5)))
+    for grad in (torch.full((LARGE // 4, 4), 3.0), torch.full((4, LARGE // 4), 3.0).t()):
+        param.grad = grad
+        optim.step()
+        assert param.grad.unique().tolist() == [0.5]
+
+
+# found: 1
+def test_mask_that_reads_a_hyperparameter() -> None:
+    param = nn.Parameter(torch.ones(2))
+    late = masked(clip_by_norm(1.0), lambda group: group["lr"] < 0.05 and "stop" not in group)
+    optim, norms = wrapped([param], pre=late), []
+    for change in ({}, {"lr": 0.01}, {"stop": True}):
+        optim.param_groups[0].update(change)
+        set_grad(param, torch.tensor([3.0, 4.0]))
+        optim.step()
+        assert param.grad is not None
+        norms.append(param.grad.norm().item())
+    assert norms == pytest.approx([5.0, 1.0, 5.0])
+
+
+# found: 1
+def test_a_plan_is_kept() -> None:
+    model, rest = TwoHeads(), nn.Parameter(torch.ones(3))
+    optim = wrapped([*model.parameters(), rest], pre=clip_by_norm(1.0), post=clamp(-1, 1))
+    plans = set()
+    for _ in range(3):
+        optim.zero_grad()
+        model.loss("a").backward()
+        optim.step()
+        plans.add(id(optim._engine._plans))
+    assert len(plans) == 1
+
+
+# Gradients that transforms have nothing to do with
+
+
+def make_words() -> Any:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"emb": nn.Embedding(5, 3, sparse=True), "lin": nn.Linear(3, 2)})
+
+
+# found: 38
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pre": masked(clip_by_norm(1e-3), "lin*")},
+        {"pre": masked(chain(clip_by_norm(1e-3), clip_by_global_norm(1.0)), lambda group: len(group["shape"]) != 2)},
+        {"pre": partition({"emb*": chain(), "*": clip_by_norm(1e-3)})},
+        {"pre": masked(clip_by_norm(1e-3), "lin*"), "lr": 0.0},
+        {"update": freeze("lin*")},
+        {"update": freeze("emb*")},
+        {"post": masked(clamp(-0.01, 0.01), "lin*")},
+    ],
+)
+def test_sparse_gradient_that_is_left_alone(make: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    model, plain = make_words(), make_words()
+    optim = make(model.named_parameters(), **arguments)
+    bare = SGD(plain.parameters(), lr=optim.param_groups[0]["lr"])
+    for each, step in ((model, optim.step), (plain, bare.step)):
+        each["lin"](each["emb"](torch.tensor([1, 1, 4]))).square().sum().backward()
+        assert each["emb"].weight.grad.is_sparse
+        step()
+    frozen = arguments.get("update") == freeze("emb*")
+    expected = make_words() if frozen else plain
+    assert_close(model["emb"].weight, expected["emb"].weight)
+    if "pre" in arguments:
+        assert model["lin"].bias.grad.norm() <= 1.001e-3
+
+
+# found: 38
+def test_sparse_gradient_that_is_asked_for() -> None:
+    model = make_words()
+    optim = wrapped(model.named_parameters(), pre=masked(clip_by_norm(1.0), "emb*"))
+    model["lin"](model["emb"](torch.tensor([1]))).sum().backward()
+    where = r"^pre, group 0, parameter 0 'emb.weight' of shape \(5, 3\), torch.float32: "
+    with pytest.raises(TypeError, match=where + r"transforms need a dense gradient, got the layout torch.sparse_coo"):
+        optim.step()
