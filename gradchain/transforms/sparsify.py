@@ -27,7 +27,8 @@ def keep_top_q(
 
     Args:
         q: The share of elements that become zero; between 0 and 1.
-        dq: Draw q anew for each (sub-)tensor, uniformly from [q - dq, q + dq], cut to [0, 1]; between 0 and 1.
+        dq: Draw q anew for each (sub-)tensor, uniformly from the part of [q - dq, q + dq] that is inside [0, 1];
+            between 0 and 1.
         generator: What q is drawn from; None for the default generator of torch.
 
     Raises:
@@ -67,6 +68,7 @@ def _count_kept(units: Tensor, q: float, dq: float, generator: Generator | None)
     if isinstance(dq, Tensor) or dq > 0:
         device = units.device if generator is None else generator.device
         uniform = torch.rand((len(units), 1), device=device, generator=generator).to(units.device)
-        share = torch.clamp(q + dq * (2 * uniform - 1), 0, 1)
+        low, high = (torch.as_tensor(edge).clamp(0, 1) for edge in (q - dq, q + dq))
+        share = low + (high - low) * uniform
     kept = (1 - share) * units.shape[1]
     return kept.round() if isinstance(kept, Tensor) else round(kept)
