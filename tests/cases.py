@@ -115,6 +115,7 @@ CASES = [
     Case(gc.project_box(LOWER, UPPER), lambda x: at_most(LOWER, x) and at_most(x, UPPER), FITS_3, SHAPES_3),
     Case(gc.project_linf_ball(0.5), lambda x: at_most(x.abs(), 0.5)),
     Case(gc.project_l2_ball(1.5), lambda x: at_most(vector_norm(x), 1.5)),
+    Case(gc.project_l2_ball(0.0), lambda x: at_most(vector_norm(x), 0)),
     Case(gc.project_l2_sphere(1.5), lambda x: is_close(vector_norm(x), 1.5)),
     Case(gc.project_l1_ball(1.5), lambda x: at_most(vector_norm(x, 1), 1.5)),
     Case(gc.project_l1_sphere(1.5), lambda x: is_close(vector_norm(x, 1), 1.5)),

@@ -3,11 +3,12 @@
 import math
 from typing import Annotated
 
+import torch
 from annotated_types import Gt
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import combine, divide_, norm, norms, rms, shorten, shorten_
+from gradchain.transforms._numerics import combine, norm, norms, rms, shorten, shorten_, shrinkage
 
 
 @transform
@@ -28,7 +29,6 @@ def clip_by_norm(
         ValueError: ``max_norm`` or ``ord`` is not above 0.
 
     Example:
-        >>> import torch
         >>> clip_by_norm(1.0)(torch.tensor([3.0, 4.0]), {})
         tensor([0.6000, 0.8000])
         >>> clip_by_norm(10.0)(torch.tensor([3.0, 4.0]), {})
@@ -61,7 +61,6 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
         ValueError: ``threshold`` is not above 0.
 
     Example:
-        >>> import torch
         >>> clip_by_rms(1.0)(torch.tensor([2.0, -2.0, 2.0, -2.0]), {})
         tensor([ 1., -1.,  1., -1.])
 
@@ -95,7 +94,6 @@ def clip_adaptive(
         ValueError: ``clipping`` or ``eps`` is not above 0, or there is no ``group["param"]``.
 
     Example:
-        >>> import torch
         >>> clip_adaptive(0.1)(torch.tensor([3.0, 4.0]), {"param": torch.tensor([0.0, 10.0])})
         tensor([0.6000, 0.8000])
 
@@ -111,4 +109,4 @@ def clip_adaptive(
 def _clip_adaptive(tensors: list[Tensor], group: Group, clipping: float, eps: float) -> None:
     dim = group["dim"]
     lengths = norms(tensors, dim), norms(group["param"], dim)
-    divide_(tensors, combine(lambda t, p: (t / (clipping * p.clamp_min(eps))).clamp_min(1), *lengths))
+    torch._foreach_mul_(tensors, combine(lambda t, p: shrinkage(t, clipping * p.clamp_min(eps)), *lengths))

@@ -9,31 +9,29 @@ from torch import Tensor
 
 from gradchain._sharding import alike, collect, is_distributed, local, sees_parts
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, is_long, shorten, whole_norms
+from gradchain.transforms._numerics import floor, norm, shorten, shrinkage, whole_norms
 
 
 @sees_parts
 def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
     """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
     device = tensors[0].device
-    norms = [norm.to(device) for same in alike(tensors) for norm in _norms(same, ord)]
+    norms = [length.to(device) for same in alike(tensors) for length in _norms(same, ord)]
     if not norms:
         return {"global_norm": torch.zeros((), device=device)}
-    return {"global_norm": torch.linalg.vector_norm(torch.stack(norms), ord)}
+    return {"global_norm": norm(torch.stack(norms), ord)}
 
 
 def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     if torch._C._are_functorch_transforms_active():  # functorch has no rule for lists
-        return [torch.linalg.vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
+        return [norm(tensor, ord, dtype) for tensor in tensors]
     if is_distributed(tensors[0]):
         # In one go, and also where this process has no elements: the others wait for it.
-        norms = [norm for same in alike(map(local, tensors)) for norm in _norms(same, ord)]
+        norms = [length for same in alike(map(local, tensors)) for length in _norms(same, ord)]
         mine = torch.stack(norms) if norms else torch.zeros(1, dtype=dtype.to_real(), device=tensors[0].device)
-        return [torch.linalg.vector_norm(collect(torch.linalg.vector_norm(mine, ord), tensors[0]), ord)]
-    parts = [[tensor] for tensor in tensors if is_long(tensor)]
-    short = [tensor for tensor in tensors if not is_long(tensor)]
-    return [norm for part in (*parts, short) if part for norm in whole_norms(part, ord, dtype)]
+        return [norm(collect(norm(mine, ord), tensors[0]), ord)]
+    return whole_norms(tensors, ord, dtype)
 
 
 def global_norm(tensor: Tensor, group: Group) -> Tensor:
@@ -79,7 +77,7 @@ def clip_by_global_norm(
 
 @clip_by_global_norm.in_place
 def _clip_by_global_norm(tensors: list[Tensor], group: Group, max_norm: float, *, ord: float) -> None:
-    torch._foreach_mul_(tensors, 1 / (global_norm(tensors[0], group) / max_norm).clamp_min(1))
+    torch._foreach_mul_(tensors, shrinkage(global_norm(tensors[0], group), max_norm))
 
 
 @transform(elementwise=True, measure=measure_global_norm)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradchain._sharding import sees_parts
 from gradchain.transform import Group, State, transform
+from gradchain.transforms._numerics import shrinkage
 from gradchain.transforms.global_norm import measure_global_norm
 
 
@@ -67,7 +68,7 @@ def clip_by_history(
         Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation Networks,
         https://arxiv.org/abs/2007.14469, 2020.
     """
-    return tensor / _excess(tensor, group)
+    return tensor * _factor(tensor, group)
 
 
 def _no_moments(tensor: Tensor, group: Group, **arguments: object) -> State:
@@ -138,19 +139,18 @@ def clip_by_zscore(
     References:
         Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, https://arxiv.org/abs/2504.02507, 2025.
     """
-    return tensor / _excess(tensor, group)
+    return tensor * _factor(tensor, group)
 
 
 @clip_by_history.in_place
 @clip_by_zscore.in_place
 def _shorten(tensors: list[Tensor], group: Group, **arguments: object) -> None:
-    torch._foreach_mul_(tensors, 1 / _excess(tensors[0], group))
+    torch._foreach_mul_(tensors, _factor(tensors[0], group))
 
 
-def _excess(tensor: Tensor, group: Group) -> Tensor:
-    """By how much the norm is above its limit: at least 1, with the device and the dtype of ``tensor``."""
-    ratio: Tensor = group["length"] / _positive(group["limit"])
-    return ratio.clamp_min(1).to(tensor.device, tensor.real.dtype)
+def _factor(tensor: Tensor, group: Group) -> Tensor:
+    """What makes the limit of a norm above it, with the device and the dtype of ``tensor``."""
+    return shrinkage(group["length"], group["limit"]).to(tensor.device, tensor.real.dtype)
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:
@@ -158,7 +158,8 @@ def _percentile(values: Tensor, percent: float) -> Tensor:
     ordered = values.sort().values  # what is finite first
     place = percent / 100 * (values.isfinite().sum() - 1).clamp_min(0).to(values.dtype)
     below, above = (ordered.gather(0, index.long().reshape(1)).squeeze(0) for index in (place.floor(), place.ceil()))
-    return below + (place - place.floor()) * (above - below)
+    # Infinite where none is finite: the difference would be NaN.
+    return torch.where(below == above, below, below + (place - place.floor()) * (above - below))
 
 
 def _positive(value: Tensor) -> Tensor:

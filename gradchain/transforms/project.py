@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from gradchain.transform import Group, State, transform
@@ -92,7 +92,7 @@ def _box(lower: float | Tensor, upper: float | Tensor) -> None:
 
 
 @transform(elementwise=True, real_only=True)
-def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)]) -> Tensor:
+def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Move each element into [``-radius``, ``radius``].
 
     .. math:: \operatorname{argmin}_x \|x - t\|_2 \text{ subject to } \|x\|_\infty \le r
@@ -100,10 +100,11 @@ def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     Acts on each element.
 
     Args:
-        radius: The radius of the ball, in units of the tensor; above 0, and infinite for no limit.
+        radius: The radius of the ball, in units of the tensor; at least 0, and infinite for no limit. That of
+            radius 0 is the point 0.
 
     Raises:
-        ValueError: ``radius`` is not above 0.
+        ValueError: ``radius`` is below 0.
         TypeError: The tensor is complex.
 
     Example:
@@ -122,7 +123,7 @@ def _into_linf_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
 
 
 @transform
-def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)]) -> Tensor:
+def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Scale down so that the 2-norm is at most ``radius``.
 
     .. math:: \operatorname{argmin}_x \|x - t\|_2 \text{ subject to } \|x\|_2 \le r
@@ -130,10 +131,11 @@ def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
     Acts on the whole (sub-)tensor, of any shape.
 
     Args:
-        radius: The radius of the ball, in units of the tensor; above 0, and infinite for no limit.
+        radius: The radius of the ball, in units of the tensor; at least 0, and infinite for no limit. That of
+            radius 0 is the point 0.
 
     Raises:
-        ValueError: ``radius`` is not above 0.
+        ValueError: ``radius`` is below 0.
 
     Example:
         >>> project_l2_ball(1.0)(torch.tensor([3.0, 4.0]), {})
@@ -186,7 +188,7 @@ def _onto_l2_sphere(tensors: list[Tensor], group: Group, radius: float) -> None:
 
 
 @transform
-def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)]) -> Tensor:
+def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Shrink the magnitudes, all by the same amount, so that the 1-norm is at most ``radius``.
 
     .. math:: \operatorname{argmin}_x \|x - t\|_2 \text{ subject to } \|x\|_1 \le r
@@ -194,10 +196,11 @@ def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Gt(0)
     Acts on the whole (sub-)tensor, of any shape.
 
     Args:
-        radius: The radius of the ball, in units of the tensor; above 0, and infinite for no limit.
+        radius: The radius of the ball, in units of the tensor; at least 0, and infinite for no limit. That of
+            radius 0 is the point 0.
 
     Raises:
-        ValueError: ``radius`` is not above 0.
+        ValueError: ``radius`` is below 0.
 
     Example:
         >>> project_l1_ball(1.0)(torch.tensor([2.0, -1.5, 0.1]), {})
@@ -361,7 +364,7 @@ def project_ball_around_reference(
     tensor: Tensor,
     group: Group,
     state: State,
-    radius: Annotated[float, Gt(0)],
+    radius: Annotated[float, Ge(0)],
     *,
     ord: float = 2,
     lower: float | None = None,
@@ -377,13 +380,13 @@ def project_ball_around_reference(
     leads out of a ball; the result is the nearest point of both where the ball is a box too, ``ord=inf``.
 
     Args:
-        radius: The radius of the ball, in units of the tensor; above 0, and infinite for no limit.
+        radius: The radius of the ball, in units of the tensor; at least 0, and infinite for no limit.
         ord: The order of the norm: 1, 2 or inf.
         lower: The lower bound of each element, in units of the tensor; None for no bound.
         upper: The upper bound of each element, at least ``lower``; None for no bound.
 
     Raises:
-        ValueError: ``radius`` is not above 0, ``ord`` is none of 1, 2 and inf, or ``lower > upper``.
+        ValueError: ``radius`` is below 0, ``ord`` is none of 1, 2 and inf, or ``lower > upper``.
         TypeError: The tensor is complex.
 
     Example:

@@ -162,16 +162,57 @@ def test_real_only(transform: Transform) -> None:
         transform(Z, {})
 
 
-RADII = [gc.project_linf_ball, gc.project_l2_ball, gc.project_l2_sphere, gc.project_l1_ball, gc.project_l1_sphere]
+BALLS = [gc.project_linf_ball, gc.project_l2_ball, gc.project_l1_ball, gc.project_ball_around_reference]
+SPHERES = [gc.project_l2_sphere, gc.project_l1_sphere]
+by_name: Any = {"ids": lambda factory: factory.__name__}
 
 
-@pytest.mark.parametrize("factory", RADII, ids=lambda factory: factory.__name__)
-def test_radius_is_above_zero(factory: Any) -> None:
+@pytest.mark.parametrize("factory", BALLS, **by_name)
+def test_the_radius_of_a_ball_is_at_least_zero(factory: Any) -> None:
+    name = factory.__name__
+    with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be >= 0, got -1")):
+        factory(-1)
+    transform = factory(1)
+    with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be >= 0, got -1")):
+        transform.update(T, {f"{name}.radius": -1}, transform.init(T, {}))
+
+
+@pytest.mark.parametrize("factory", SPHERES, **by_name)
+def test_the_radius_of_a_sphere_is_above_zero(factory: Any) -> None:
     name = factory.__name__
     with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be > 0, got 0")):
         factory(0)
     with pytest.raises(ValueError, match=re.escape(f"{name}.radius must be > 0, got -1")):
         factory(1)(T, {f"{name}.radius": -1})
+
+
+# found: 17
+@pytest.mark.parametrize("radius", [0, 0.0, tensor(0.0)], ids=["int", "float", "tensor"])
+@pytest.mark.parametrize("factory", BALLS, **by_name)
+def test_a_ball_of_radius_zero_is_a_point(factory: Any, radius: Any) -> None:
+    name = factory.__name__
+    for t in (T, torch.zeros(3), 1e-15 * T, 1e30 * T):  # a norm whose squares are lost counts as 0
+        for transform, group in ((factory(radius), {}), (factory(1.0), {f"{name}.radius": radius})):
+            is_around = factory is gc.project_ball_around_reference
+            start = torch.ones(3) if is_around else torch.zeros(3)
+            assert torch.equal(transform.update(t, group, transform.init(start, group))[0], start)
+            params = [nn.Parameter(start.clone()) for _ in range(2)]
+            optim = gc.ParamTransformingOptimizer(
+                [{"params": params, **group}], post=transform, param_ndim=None, lr=1.0
+            )
+            for _ in range(2):
+                for param in params:
+                    param.grad = -t
+                optim.step()
+                assert all(torch.equal(param, start) for param in params)
+
+
+# found: 17
+@pytest.mark.parametrize("factory", [gc.project_l2_ball, gc.project_l1_ball, gc.project_linf_ball], **by_name)
+def test_a_ball_of_radius_zero_has_a_derivative(factory: Any) -> None:
+    for t in (T, torch.zeros(3)):
+        gradient = torch.func.grad(lambda x: factory(0.0)(x, {}).sum())(t)
+        assert gradient.isfinite().all()
 
 
 def around(project: Transform, reference: Tensor, t: Tensor, param_ndim: int | None = None) -> Tensor:
