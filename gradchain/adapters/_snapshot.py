@@ -30,8 +30,8 @@ def preserved(roots: Iterable[object], *, apart: Iterable[object] = ()) -> Itera
     the object would not do. The copies of many optimizers lack attributes, some know their parameters by address, and
     shards of FSDP2 cannot be copied.
 
-    Within, neither the step hooks of these optimizers run, nor those that are registered for all: what they do cannot be
-    taken back.
+    Within, neither the step hooks of these optimizers run, nor those that are registered for all: what they do cannot
+    be taken back.
 
     Args:
         roots: An optimizer, and what else its step changes.
