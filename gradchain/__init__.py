@@ -17,7 +17,7 @@ from gradchain.transforms.filter import accumulate, amplify_slow, ema, extrapola
 from gradchain.transforms.geometry import reject_from_param
 from gradchain.transforms.global_norm import clip_by_global_norm, normalize_by_global_norm
 from gradchain.transforms.history import clip_by_history, clip_by_zscore
-from gradchain.transforms.lmo import lmo_l1, lmo_l2, lmo_linf
+from gradchain.transforms.lmo import frank_wolfe, lmo_l1, lmo_l2, lmo_linf
 from gradchain.transforms.noise import add_noise, dropout
 from gradchain.transforms.normalize import centralize, normalize, standardize
 from gradchain.transforms.project import (
@@ -43,6 +43,8 @@ from gradchain.transforms.update import (
     scale_by_param_rms,
     trust_ratio,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Attached",
@@ -76,6 +78,7 @@ __all__ = [
     "ema",
     "explain",
     "extrapolate",
+    "frank_wolfe",
     "freeze",
     "init_state",
     "keep_top_q",

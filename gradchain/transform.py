@@ -382,7 +382,7 @@ class BoundTransform(Each):
         assert self.definition.rule is not None
         dtype = compute_dtype(tensors[0].dtype)
         wide = tensors if dtype == tensors[0].dtype else [tensor.to(dtype) for tensor in tensors]
-        group = _OnDemand(group, lambda key: [value.to(dtype) for value in context[key]()])
+        group = _OnDemand(group, context, dtype)
         lists = [{key: [state[key] for state in states] for key in states[0]}] if states else []
         self.definition.rule(wide, group, *lists, **arguments)
         if wide is not tensors:
@@ -728,14 +728,19 @@ def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) 
 
 
 class _OnDemand(dict[str, Any]):
-    """A group that makes what not every rule asks for when it is asked."""
+    """A group with the context, which is made when a rule asks for it."""
 
-    def __init__(self, group: Group, make: Callable[[str], Any]) -> None:
+    def __init__(self, group: Group, context: Mapping[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
         super().__init__(group)
-        self._make = make
+        self._context = context
+        self._dtype = dtype
 
-    def __missing__(self, key: str) -> Any:
-        return self.setdefault(key, self._make(key))
+    def __contains__(self, key: object) -> bool:
+        return key in self._context or super().__contains__(key)
+
+    def __missing__(self, key: str) -> list[Tensor]:
+        value: list[Tensor] = self.setdefault(key, [value.to(self._dtype) for value in self._context[key]()])
+        return value
 
 
 def _is_state(value: object) -> bool:

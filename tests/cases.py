@@ -94,6 +94,7 @@ CASES = [
     Case(gc.lmo_l1(), skip=HIDES_NAN),
     Case(gc.lmo_l2()),
     Case(gc.lmo_linf(), skip=HIDES_NAN),
+    Case(gc.frank_wolfe()),
     Case(gc.reject_from_param()),
     Case(gc.ema(0.9)),
     Case(gc.ema(0.75, debias=False)),

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_rows_differ() -> None:
 def test_exports_are_sorted_and_exist() -> None:
     assert gradchain.__all__ == sorted(set(gradchain.__all__))
     assert all(hasattr(gradchain, name) for name in gradchain.__all__)
+
+
+# found: 33
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", gradchain.__version__)
+    settings = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in settings  # so that it is said in one place
+    assert '[tool.hatch.version]\npath = "gradchain/__init__.py"' in settings
 
 
 def test_catalogue_is_exported() -> None:

@@ -1,10 +1,24 @@
-"""Linear minimisation oracles, the directions of the Frank-Wolfe method.
+"""The method of Frank and Wolfe: linear minimisation oracles, and the step that they are for.
 
-Each returns minus the minimiser of <t, s> over the unit ball of a norm, so that a descent step goes towards the
-minimiser: with ``chain(lmo_l2(), scale(radius))`` in ``pre`` and ``SGD(lr=gamma, weight_decay=1)``, a step is the
-Frank-Wolfe step p <- (1 - gamma) p + gamma s on the ball of that radius. Source of all three: Jaggi, Revisiting
-Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
+The oracles ``lmo_l1``, ``lmo_l2`` and ``lmo_linf`` belong into ``pre``. Each returns minus the minimiser of <t, s> over
+the unit ball of a norm, so that a descent step goes towards the minimiser. ``frank_wolfe`` in ``post`` makes the step
+of ``SGD`` a step of Frank-Wolfe, p <- (1 - gamma) p + gamma s, on the ball whose radius ``scale`` sets:
+
+    >>> from gradchain import ParamTransformingOptimizer, chain, frank_wolfe, lmo_l2, scale
+    >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> optim = ParamTransformingOptimizer(
+    ...     [x], pre=chain(lmo_l2(), scale(0.5)), post=frank_wolfe(), param_ndim=None, lr=1.0
+    ... )
+    >>> schedule = torch.optim.lr_scheduler.LambdaLR(optim, lambda k: 2 / (2 + k))
+    >>> x.sum().backward()
+    >>> optim.step()
+    >>> x
+    tensor([-0.3536, -0.3536], requires_grad=True)
+
+Source of all: Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,3 +102,65 @@ def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
 @lmo_linf.in_place
 def _lmo_linf(tensors: list[Tensor], group: Group) -> None:
     torch._foreach_sign_(tensors)
+
+
+_NOT_PLAIN = ("momentum", "weight_decay", "betas", "eps")
+"""Keys with which the step of an optimizer is not its learning rate times the gradient."""
+
+
+@transform(elementwise=True)
+def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
+    r"""Turn a step of ``SGD`` into a step of Frank-Wolfe: to a convex combination of the parameter and a point s.
+
+    .. math:: (1 - \gamma) t + \gamma^2 s = (1 - \gamma) p + \gamma s, \quad t = p + \gamma s, \; s = -g
+
+    Acts on each element, in the slot ``post``, around plain ``torch.optim.SGD``, which makes t of the parameter p. In
+    ``group["grad"]`` is what ``pre`` has made of the gradient: minus the point s, as from ``lmo_l2``. The step size
+    gamma is ``group["lr"]``, from 0 to 1, and 1 where there is none.
+
+    A parameter of a convex set that holds s stays in it, up to rounding, and with gamma = 1 it is s exactly, from
+    wherever it came. ``SGD(lr=gamma, weight_decay=1)`` is the same formula, but it loses the digits of s in a
+    difference of large numbers.
+
+    Where ``group["maximize"]`` is set, s is the gradient itself. A parameter without a gradient stays as it is.
+
+    Raises:
+        ValueError: The group has momentum, weight decay or a key of another optimizer than ``SGD``, so that t is not
+            p + gamma s.
+
+    Example:
+        >>> p, s = torch.tensor([3.0, -1.0]), torch.tensor([0.0, 1.0])
+        >>> frank_wolfe()(p + 0.5 * s, {"grad": -s, "lr": 0.5})
+        tensor([1.5000, 0.0000])
+
+    References:
+        Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
+    """
+    if "grad" not in group:
+        return tensor.clone()
+    gamma, weight = _weights(group)
+    return (1 - gamma) * tensor + weight * group["grad"]
+
+
+@frank_wolfe.in_place
+def _frank_wolfe(tensors: list[Tensor], group: Group) -> None:
+    if "grad" not in group:
+        return
+    gamma, weight = _weights(group)
+    torch._foreach_mul_(tensors, 1 - gamma)
+    if isinstance(weight, Tensor):
+        torch._foreach_add_(tensors, torch._foreach_mul(group["grad"], weight))
+    else:
+        torch._foreach_add_(tensors, group["grad"], alpha=weight)
+
+
+def _weights(group: Group) -> tuple[Any, Any]:
+    """The step size, and the factor of the gradient."""
+    for key in _NOT_PLAIN:
+        if group.get(key):
+            raise ValueError(
+                f'frank_wolfe needs the step of plain SGD, got group["{key}"]={group[key]!r}; use '
+                "torch.optim.SGD without momentum and weight_decay"
+            )
+    gamma = group.get("lr", 1.0)
+    return gamma, gamma**2 if group.get("maximize", False) else -(gamma**2)

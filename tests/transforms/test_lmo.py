@@ -1,13 +1,15 @@
 from math import inf, sqrt
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, tensor
 from torch.linalg import vector_norm
+from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
-from gradchain import ParamTransformingOptimizer, Transform, chain, lmo_l1, lmo_l2, lmo_linf, scale
+from gradchain import ParamTransformingOptimizer, Transform, chain, frank_wolfe, lmo_l1, lmo_l2, lmo_linf, scale
 from tests.strategies import pairs
 
 # Each with the order of its ball, and that of the dual norm: the largest <t, s> over the ball.
@@ -51,12 +53,78 @@ def test_half_precision_and_tiny_gradients(lmo: Transform, ord: float, dual: flo
     assert vector_norm(lmo(1e-25 * torch.randn(100), {}), ord) <= 1 + 1e-6
 
 
+RADIUS = 0.1
+SCHEDULES = {"1": lambda k: 1.0, "2 / (2 + k)": lambda k: 2 / (2 + k), "0.25": lambda k: 0.25}
+
+
+def optimizer(params: list[Tensor], lmo: Transform, **kwargs: Any) -> ParamTransformingOptimizer:
+    pre = chain(lmo, scale(RADIUS))
+    return ParamTransformingOptimizer(params, pre=pre, post=frank_wolfe(), param_ndim=None, **{"lr": 1.0, **kwargs})
+
+
+# found: 18
 @each_oracle
-def test_inside_sgd_it_is_the_step_of_frank_wolfe(lmo: Transform, ord: float, dual: float) -> None:
-    radius, gamma = 3.0, 0.25
+@pytest.mark.parametrize("start", [0.0, -33.0, 1e8, -3e30])
+def test_a_full_step_lands_on_the_minimiser(lmo: Transform, ord: float, dual: float, start: float) -> None:
+    for lr in (1.0, tensor(1.0)):
+        params = [torch.full((2, 3), start, requires_grad=True) for _ in range(2)]
+        grads = [torch.randn(2, 3) for _ in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer(params, lmo, lr=lr).step()
+        for param, grad in zip(params, grads, strict=True):
+            assert torch.equal(param, -RADIUS * lmo(grad, {}))
+
+
+# found: 18
+@each_oracle
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_iterates_are_convex_combinations(
+    lmo: Transform, ord: float, dual: float, dtype: torch.dtype, schedule: str
+) -> None:
+    param = torch.full((5,), -33.0, dtype=dtype, requires_grad=True)
+    optim = optimizer([param], lmo)
+    steps = torch.optim.lr_scheduler.LambdaLR(optim, SCHEDULES[schedule])
+    for _ in range(20):
+        start, gamma = param.detach().double(), optim.param_groups[0]["lr"]
+        param.grad = torch.randn(5).to(dtype)
+        s = -(RADIUS * lmo(param.grad, {})).double()
+        optim.step()
+        steps.step()
+        error = (param.detach().double() - ((1 - gamma) * start + gamma * s)).abs()
+        rounding = 4 * torch.finfo(dtype).eps * ((1 - gamma) * start.abs() + gamma * s.abs())
+        assert (error <= rounding).all()
+        if schedule != "0.25":  # the first step is a full one
+            assert vector_norm(param.detach().double(), ord) <= RADIUS * (1 + 4 * torch.finfo(dtype).eps)
+
+
+@each_oracle
+def test_it_goes_up_where_the_optimizer_maximizes(lmo: Transform, ord: float, dual: float) -> None:
     start, grad = torch.randn(5), torch.randn(5)
     param = start.clone().requires_grad_()
     param.grad = grad.clone()
-    pre = chain(lmo, scale(radius))
-    ParamTransformingOptimizer([param], pre=pre, param_ndim=None, lr=gamma, weight_decay=1.0).step()
-    assert_close(param.detach(), (1 - gamma) * start - gamma * radius * lmo(grad, {}))
+    optimizer([param], lmo, lr=0.25, maximize=True).step()
+    assert_close(param.detach(), 0.75 * start + 0.25 * RADIUS * lmo(grad, {}))
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    params[0].grad = torch.ones(2)
+    optimizer(params, lmo_linf(), lr=0.5).step()
+    assert torch.equal(params[1], torch.ones(2))
+    assert_close(params[0].detach(), tensor([0.45, 0.45]))
+    assert torch.equal(frank_wolfe()(torch.ones(2), {"lr": 0.5}), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("InnerOpt", "kwargs", "key"),
+    [(SGD, {"momentum": 0.9}, "momentum"), (SGD, {"weight_decay": 1.0}, "weight_decay"), (Adam, {}, "betas")],
+)
+def test_it_refuses_another_step_than_that_of_plain_sgd(InnerOpt: Any, kwargs: dict[str, Any], key: str) -> None:
+    param = torch.ones(2, requires_grad=True)
+    param.grad = torch.ones(2)
+    optim = ParamTransformingOptimizer([param], InnerOpt, post=frank_wolfe(), lr=0.5, **kwargs)
+    with pytest.raises(ValueError, match=f'frank_wolfe needs the step of plain SGD, got group."{key}".='):
+        optim.step()
+    assert torch.equal(param, torch.ones(2))
