@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -94,6 +95,8 @@ class Engine:
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: Plans | None = None
         self._roster: Roster | None = None
+        self._is_settled = True
+        """Whether the states are known to fit the chains."""
         self.chains()
 
     @property
@@ -105,9 +108,41 @@ class Engine:
         """Go on with other states."""
         self.states = states
         self._plans = None
+        self._is_settled = True
+
+    def adopt(self, states: TransformStates) -> None:
+        """Go on with states that the inner optimizer has loaded, as soon as they are needed, as far as they fit."""
+        self.reset(states)
+        self._is_settled = not states.by_param
+
+    def _settle(self) -> None:
+        self._is_settled = True
+        inner_opt = self.owner.inner_opt
+        dropped: list[str] = []
+        rounded: list[str] = []
+        for slot in SLOTS:
+            found = self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
+            for keys, known in zip((dropped, rounded), found, strict=True):
+                keys += [f"{slot} {key}" for key in sorted(known)]
+        loaded = f"{type(inner_opt).__name__} has loaded states of transforms among its own"
+        if dropped:
+            warnings.warn(
+                f"{loaded}, of which {dropped} do not fit the chains that it has now, and are dropped; transforms "
+                "without a state start anew",
+                stacklevel=4,
+            )
+        if rounded:
+            warnings.warn(
+                f"{loaded}, and has rounded {rounded} to the dtype of the parameters; call load_state_dict when the "
+                "transforms are around the optimizer",
+                stacklevel=4,
+            )
+        self.states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def follow(self) -> TransformStates:
         """The states, as others have left them in the inner optimizer."""
+        if not self._is_settled:
+            self._settle()
         if self.states.by_param and not torch.compiler.is_compiling():
             if self.states.follow(self.owner.inner_opt):
                 self._plans = None
@@ -178,13 +213,14 @@ class Engine:
         """Put the states into a state dict of the inner optimizer."""
         members, states = self.roster.members, self.follow()
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
-            begun = [member for member in members if slot in states.by_param.get(member.param, {})]
-            states.start(slot, self.stage(slot), begun)
+            stage = self.stage(slot)
+            begun = [m for m in members if set() < states.of(slot, m).keys() < set(stage.keys.values())]
+            states.start(slot, stage, begun)
         states.add_to(state_dict, members)
 
     def drop_states_of_others(self, slot: str) -> None:
         """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
-        self.states.keep_fitting({slot: self.stage(slot)}, self.roster.members)
+        self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
 
     @torch.no_grad()
     def start(self) -> None:

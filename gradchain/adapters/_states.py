@@ -246,14 +246,38 @@ class TransformStates:
                     locate(error, f"{slot}, {member.place()}: the loaded state is not one of {show(stages[slot])}")
                     raise
 
+    @staticmethod
+    def taken_out_of(inner_opt: Optimizer) -> TransformStates:
+        """The states that an optimizer has loaded among its own, where they are no more."""
+        by_param: ByParam = {}
+        for param, state in list(inner_opt.state.items()):
+            if isinstance(state, dict) and KEY in state:
+                by_param[param] = state.pop(KEY)
+                if not state:
+                    del inner_opt.state[param]
+        return TransformStates(by_param)
+
     @torch.no_grad()
-    def keep_fitting(self, stages: Mapping[str, Chain], members: Iterable[Member]) -> None:
-        """Drop the states, in the slots of ``stages``, for which there is no such transform."""
+    def keep_fitting(self, slot: str, stage: Chain, members: Iterable[Member]) -> tuple[set[str], set[str]]:
+        """Keep those states of a slot that the chain has a transform for, in the dtypes that it gives them.
+
+        Returns the keys of states that are dropped, and of those that have lost digits in another dtype.
+        """
+        dropped, rounded = set(), set()
         for member in members:
             states = self.by_param.get(member.param, {})
-            for slot in states.keys() & stages.keys():
-                first = first_state(slot, stages[slot], member)
-                states[slot] = {k: s for k, s in states[slot].items() if k in first and _is_like(s, first[k])}
+            if slot not in states:
+                continue
+            first, known = first_state(slot, stage, member), states[slot]
+            states[slot] = {key: _cast(state, first[key]) for key, state in known.items() if key in first}
+            misfits = {key for key, state in states[slot].items() if not _is_like(state, first[key])}
+            rounded |= {key for key in states[slot].keys() - misfits if _is_rounded(known[key], first[key])}
+            for key in misfits:
+                del states[slot][key]
+            dropped |= known.keys() - states[slot].keys()
+            if not states[slot]:
+                del states[slot]
+        return dropped, rounded
 
     def copy_beside(self, inner_state: Any) -> Any:
         """A copy of the state of the inner optimizer, with the same parameters and these states."""
@@ -318,6 +342,13 @@ def _is_like(state: Any, expected: State) -> bool:
     return True
 
 
+def _is_rounded(state: Any, expected: Any) -> bool:
+    if isinstance(expected, dict):
+        return any(_is_rounded(state[key], value) for key, value in expected.items())
+    exact = expected.dtype if expected.is_floating_point() else torch.float32  # whole numbers up to 2**24
+    return bool(state.is_floating_point() and torch.finfo(state.dtype).eps > torch.finfo(exact).eps)
+
+
 def _kind(tensor: Tensor) -> str:
     kind = "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
     return f"{tuple(tensor.shape)}, {kind}"
@@ -329,8 +360,8 @@ def _shapes(state: State) -> Any:
 
 def _cast(state: Any, like: Any) -> Any:
     """``state``, with each tensor in the dtype that it has in ``like``; itself where it has them already."""
-    if not isinstance(state, dict):
-        return state.to(like.dtype)
+    if not (isinstance(state, dict) and isinstance(like, dict)):
+        return state.to(like.dtype) if isinstance(state, Tensor) and isinstance(like, Tensor) else state
     cast = {key: _cast(value, like[key]) if key in like else value for key, value in state.items()}
     return state if all(cast[key] is value for key, value in state.items()) else cast
 

@@ -57,6 +57,10 @@ def attach(
     second ``update`` comes before the first ``post``. Keys go on counting from what is attached already, so that a
     second ``scale`` has ``"scale_2.factor"``, which it keeps when the first one is removed.
 
+    If the optimizer has loaded a checkpoint before, as in a callback at the start of training, the next step takes up
+    the states of transforms in it. It warns of those that do not fit, and of those that the optimizer has rounded to
+    the dtype of half-precision parameters.
+
     If a transform raises in a step, parameters and the states of the transforms are as they were before it. What
     differs from ``ParamTransformingOptimizer`` comes from being inside of the step: if the optimizer itself raises, it
     leaves what it has done; and when a transform skips the step, the optimizer makes one without gradients, of which
@@ -258,7 +262,7 @@ class _Hooks:
         for group, own_keys in zip(self.param_groups, self._own_keys, strict=True):
             own_keys |= new & group.keys()
         if not self.attached:
-            self._replace_states(lambda slot, state: {})  # of what was attached to the optimizer that it is a copy of
+            self.engine.adopt(TransformStates.taken_out_of(optimizer))
             self._register()
         self.attached.append(attached)
         self._numbered.append(numbered)
@@ -353,8 +357,7 @@ class _Hooks:
             return None
         _require_unscaled(self.inner_opt)
         if not (self._saves_with_hooks or self.engine.states.by_param):
-            shown = {param: self.inner_opt.state[param][KEY] for param in self._shown()}
-            self.engine.give_states(TransformStates(shown))  # which may have been loaded
+            self.engine.adopt(TransformStates.taken_out_of(self.inner_opt))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None and is_rehearsal(self.param_groups):
             self._running = _Running(frame, self.engine.start)

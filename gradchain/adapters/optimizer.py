@@ -25,7 +25,7 @@ from gradchain.adapters._construction import (
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
-from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters._states import Member, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
@@ -53,7 +53,8 @@ class ParamTransformingOptimizer(Optimizer):
     The second transform of a kind, counted through ``pre``, ``update`` and ``post``, has keys of its own, such as
     ``"scale_2.factor"``; ``.named(prefix)`` chooses them.
     The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
-    its own; save and load them through this optimizer, since others cast them to the dtype of the parameter.
+    its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
+    that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
 
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
@@ -164,9 +165,7 @@ class ParamTransformingOptimizer(Optimizer):
         for key in earlier:
             inner_opt.defaults.pop(key, None)
         inner_opt.defaults.update(own_defaults)
-        for param_state in inner_opt.state.values():
-            if isinstance(param_state, dict):
-                param_state.pop(KEY, None)
+        loaded = TransformStates.taken_out_of(inner_opt)
         attributes = {
             "inner_opt": inner_opt,
             "_own_defaults": own_defaults,
@@ -177,6 +176,9 @@ class ParamTransformingOptimizer(Optimizer):
         # Not Optimizer.__init__: it would make groups, state and defaults of its own, apart from the inner optimizer's.
         # Its __setstate__ sets up all else: hooks, and the patched step.
         ParamTransformingOptimizer.__setstate__(self, attributes)
+        if not earlier:
+            self._engine.adopt(loaded)
+            self._engine.follow()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

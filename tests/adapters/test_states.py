@@ -1,6 +1,8 @@
 """States that are one for all parameters, that do not fit, or that others reset."""
 
 import copy
+import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -491,3 +493,93 @@ def test_history_when_a_group_is_put_first(clip: Any, attaches: bool) -> None:
     step(optim, 1e4, 1e4)
     assert xs[0].grad is not None
     assert xs[0].grad[0] < 10
+
+
+# States that an optimizer has loaded before there were transforms around it
+
+
+def afterwards(optimizer: Optimizer, *chains: dict[str, Any]) -> Optimizer:
+    for each in chains:
+        attach(optimizer, **each)
+    return optimizer
+
+
+def around(optimizer: Optimizer, *chains: dict[str, Any]) -> Optimizer:
+    return ParamTransformingOptimizer(InnerOpt=optimizer, **chains[0])
+
+
+def drive(optimizer: Optimizer, members: list[nn.Parameter], steps: range) -> None:
+    for index in steps:
+        for param in members:
+            param.grad = torch.full_like(param, math.sin(index))
+        optimizer.step()
+
+
+FIRST: dict[str, Any] = {
+    "pre": chain(ema(0.9), clip_by_zscore(2.0, warmup=2), skip_nonfinite(2)),
+    "post": chain(masked(param_ema(0.5), lambda group: group["index"] == 0), project_l2_ball(3.0)),
+}
+SECOND: dict[str, Any] = {"pre": ema(0.5), "update": trace(0.1)}
+
+
+def resume(wrap: Any, inner: Any, *chains: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+    """The parameters and states after a run, and after another, which its inner optimizer has loaded in the middle."""
+    members = [nn.Parameter(torch.ones(3, 2, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
+    whole = afterwards(inner(members), *chains)
+    drive(whole, members, range(4))
+    saved, copies = copy.deepcopy(whole.state_dict()), [nn.Parameter(param.detach().clone()) for param in members]
+    drive(whole, members, range(4, 7))
+    bare = inner(copies)
+    bare.load_state_dict(saved)
+    resumed = wrap(bare, *chains)
+    drive(resumed, copies, range(4, 7))
+    return (members, whole.state_dict()["state"]), (copies, resumed.state_dict()["state"])
+
+
+# found: 7
+@pytest.mark.parametrize("inner", [partial(SGD, lr=0.1), partial(Adam, lr=0.1)])
+@pytest.mark.parametrize(("wrap", "chains"), [(afterwards, [FIRST]), (afterwards, [FIRST, SECOND]), (around, [FIRST])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_that_the_optimizer_has_loaded_by_itself(wrap: Any, chains: Any, inner: Any, dtype: torch.dtype) -> None:
+    expected, resumed = resume(wrap, inner, *chains, dtype=dtype)
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+# found: 7
+@pytest.mark.parametrize("wrap", [afterwards, around])
+def test_states_that_the_optimizer_has_rounded(wrap: Any) -> None:
+    words = r"SGD has loaded .* has rounded \['pre clip_by_zscore', 'pre ema', .*'post param_ema'\] to the dtype of"
+    with pytest.warns(UserWarning, match=words):
+        expected, resumed = resume(wrap, partial(SGD, lr=0.1), FIRST, dtype=torch.bfloat16)
+    torch.testing.assert_close(resumed, expected, rtol=0.02, atol=0.02)
+
+
+# found: 7
+@pytest.mark.parametrize("wrap", [afterwards, around])
+@pytest.mark.parametrize("change", [None, lambda state: state.pop("average"), lambda state: state.update(average=3)])
+def test_states_that_the_optimizer_has_loaded_and_nothing_takes_up(wrap: Any, change: Any) -> None:
+    optim = ParamTransformingOptimizer(params(), Adam, pre=ema(0.9), post=chain(clip_by_norm(9.0), param_ema(0.5)))
+    step(optim, 1.0, 1.0)
+    bare, saved = Adam(params()), copy.deepcopy(optim.state_dict())
+    if change is not None:
+        change(saved["state"][0]["transforms"]["pre"]["ema"])
+    bare.load_state_dict(saved)
+    chains = {"pre": ema(0.9) if change else trace(0.9), "post": param_ema(0.5)}
+    words = r"Adam has loaded .*, of which \['pre ema'\] do not fit the chains .* start anew"
+    with pytest.warns(UserWarning, match=words):
+        drive(resumed := wrap(bare, chains), bare.param_groups[0]["params"], range(1))
+    states = resumed.state_dict()["state"][0]["transforms"]
+    assert states["post"]["param_ema"]["weight"] == 0.75
+    assert set(states["pre"]) == ({"ema"} if change else {"trace"})
+
+
+# found: 7
+def test_attach_to_a_copy_takes_up_its_states() -> None:
+    members = params()
+    optimizer = afterwards(Adam(members), FIRST)
+    drive(optimizer, members, range(3))
+    copies, copied = copy.deepcopy((members, optimizer))
+    afterwards(copied, FIRST)
+    drive(optimizer, members, range(3, 6))
+    drive(copied, copies, range(3, 6))
+    torch.testing.assert_close((copies, copied.state_dict()), (members, optimizer.state_dict()), rtol=0, atol=0)
