@@ -279,7 +279,7 @@ def test_value_that_a_schedule_moves_out_of_range() -> None:
     x = param(3.0, grad=[1.0])
     optim = ParamTransformingOptimizer([x], post=project_l2_ball(2.0), lr=1.0)
     optim.param_groups[0]["project_l2_ball.radius"] = -1.0
-    with pytest.raises(ValueError, match="post, group 0, .*project_l2_ball.radius must be > 0, got -1.0"):
+    with pytest.raises(ValueError, match="post, group 0, .*project_l2_ball.radius must be >= 0, got -1.0"):
         optim.step()
     assert x.item() == 3.0
 
