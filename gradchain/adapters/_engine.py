@@ -292,6 +292,7 @@ class Plans:
         self.roster = roster
         self.form = tensors.form
         self.of: dict[str, Plan] = {}
+        self.has_lazy_grads = any(map(_is_lazy, tensors.grads))
         self.watched = {"param_ndim", "param_names", "differentiable"}
         """The keys of the groups that they depend on."""
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
@@ -345,12 +346,20 @@ class Step:
             tensors = Tensors(self.roster.params)
             plans = self.engine.plans(self.roster, tensors)
             self.plans, self.grads = plans.of, tensors.grads
-            if not tensors.has_usual_grads:
-                hooked, pre = "pre" in self.owner._hooked_slots, plans.of.get("pre")
-                for i in range(len(self.grads)) if hooked else () if pre is None else pre.touched:
-                    if self.grads[i] is not None:
-                        self.grads[i] = _writable_grad(self.roster.members[i])
+            if plans.has_lazy_grads or not tensors.has_usual_grads:
+                self._make_grads_writable()
             return plans
+
+    def _make_grads_writable(self) -> None:
+        hooked, pre = "pre" in self.owner._hooked_slots, self.plans.get("pre") if self.plans else None
+        touched = set(pre.touched if pre else ())
+        rescaled = {id(group) for group in self.roster.groups if rescales(group)}
+        for i, (member, grad) in enumerate(zip(self.roster.members, self.grads, strict=True)):
+            if grad is None or not (hooked or i in touched or id(member.group) in rescaled):
+                continue
+            if hooked and grad.layout is not torch.strided:
+                raise TypeError(f"pre, {member.place()}: {needs_dense(grad)}")
+            self.grads[i] = member.param.grad = _writable(grad)
 
     def transform_grads(self) -> None:
         """Do all that precedes the inner step."""
@@ -470,12 +479,17 @@ def say_where(error: Exception, slot: str, roster: Roster) -> None:
         locate(error, slot if failed is None else f"{slot}, {roster.members[failed].place()}")
 
 
-def _writable_grad(member: Member) -> Tensor:
-    if member.grad.layout is not torch.strided:
-        raise TypeError(f"pre, {member.place()}: {needs_dense(member.grad)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(member.grad.stride(), member.grad.shape, strict=True)):
-        member.param.grad = member.grad.contiguous()  # an expanded gradient: its elements share memory
-    return member.grad
+def _is_lazy(grad: Tensor | None) -> bool:
+    """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
+    return grad is not None and (grad.is_neg() or grad.is_conj())
+
+
+def _writable(grad: Tensor) -> Tensor:
+    """``grad``, or a copy where it is lazy or its elements share memory, as those of an expanded tensor do."""
+    if grad.layout is not torch.strided:
+        return grad
+    shares = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+    return (grad.contiguous() if shares else grad).resolve_conj().resolve_neg()
 
 
 def rescales(group: Group) -> bool:

@@ -20,9 +20,11 @@ from gradchain import (
     as_lr,
     attach,
     broadcast,
+    cautious,
     chain,
     clamp,
     clip_by_norm,
+    ema,
     masked,
     normalize,
     project_l2_ball,
@@ -713,6 +715,46 @@ def test_a_function_may_return_a_view_of_its_input(slot: str, view: Any, togethe
     assert torch.equal(x.detach(), -expected if slot == "pre" else expected)
 
 
+def negated() -> Tensor:
+    return torch.complex(torch.zeros(2, 3), torch.arange(6.0).reshape(2, 3)).conj().imag
+
+
+def conjugated() -> Tensor:
+    return torch.complex(torch.ones(2, 3), torch.arange(6.0).reshape(2, 3)).conj()
+
+
+def expanded() -> Tensor:
+    return torch.tensor([1.0, 2.0, 3.0]).expand(2, 3)
+
+
+LAZY: list[dict[str, Any]] = [
+    {},
+    {"pre": scale(0.5)},
+    {"pre": clip_by_norm(1.0)},
+    {"pre": chain(ema(0.9), lambda t, g: 2 * t)},
+    {"update": cautious(), "post": scale(0.5)},
+]
+
+
+# found: 19
+@pytest.mark.parametrize("factors", [{}, {"grad_scale": 3.0}, {"grad_scale": 3.0, "grad_bias": 1.0}], ids=str)
+@pytest.mark.parametrize("slots", LAZY, ids=str)
+@pytest.mark.parametrize("make", [negated, conjugated, expanded])
+def test_gradients_that_are_views(make: Callable[[], Tensor], slots: dict[str, Any], factors: dict[str, Any]) -> None:
+    if make is conjugated and "update" in slots:
+        return  # cautious acts on real tensors
+    xs = []
+    for grad in (make(), make().resolve_conj().resolve_neg().contiguous()):
+        x = nn.Parameter(torch.zeros(2, 3, dtype=grad.dtype))
+        x.grad = grad
+        optim = ParamTransformingOptimizer([x], lr=1.0, **slots, **factors)
+        optim.step()
+        x.grad = make().resolve_conj().resolve_neg().contiguous()  # the plan is of use for another layout, too
+        optim.step()
+        xs.append(x.detach())
+    assert torch.equal(*xs)
+
+
 def test_failed_evaluation_of_lbfgs_restores_the_parameters() -> None:
     x = param(4.0, 3.0)
     start = x.detach().clone()
@@ -777,6 +819,18 @@ def test_a_parameter_without_a_gradient_has_none_as_context(reads: Any, param_nd
     with pytest.raises(ValueError, match=f"post, group 0, parameter 1 .*stage 0, .*{missing}"):
         optim.step()
     assert [x.tolist() for x in xs] == [[1.0, 2.0], [3.0, 4.0]]
+
+
+# found: 21
+def test_a_gradient_that_moves_from_one_parameter_to_another() -> None:
+    conv = torch.ones(1, 2, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    xs = {"conv": conv, "a": param(1.0, grad=[5.0]), "b": param(3.0)}
+    optim = ParamTransformingOptimizer(xs.items(), post=masked(read_grad, "a"), param_ndim=None, lr=1.0)
+    conv.grad = torch.ones_like(conv)
+    optim.step()
+    xs["a"].grad, xs["b"].grad = None, torch.tensor([1.0])
+    with pytest.raises(ValueError, match=r"parameter 1 'a' .* in post, a parameter without a gradient has none"):
+        optim.step()
 
 
 def test_is_an_optimizer_also_when_its_class_is_replaced() -> None:
