@@ -138,8 +138,10 @@ class Explanation:
         for parameter in self.parameters:
             if key in (parameter.number, parameter.name):
                 return parameter
-        known = [parameter.name or parameter.number for parameter in self.parameters]
-        raise KeyError(f"no parameter {key!r} here; there are {known}")
+        known = [parameter.number if parameter.name is None else parameter.name for parameter in self.parameters]
+        has_none = isinstance(key, str) and all(isinstance(each, int) for each in known)
+        remedy = ", without names; give the optimizer model.named_parameters(), or model=model" if has_none else ""
+        raise KeyError(f"no parameter {key!r} here; there are {known}{remedy if known else ''}")
 
     def __repr__(self) -> str:
         stages = [row.stage if row.changed is None else f"  {_shorten(row.stage)}" for row in self.rows]

@@ -263,7 +263,19 @@ class Function(Each):
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""
-        return _call_checked(self.function, lambda: self.function(tensor, group), tensor, group), state
+
+        def call() -> Tensor:
+            try:
+                return self.function(tensor, group)
+            except TypeError as error:
+                # The call itself failed, and not something in the function.
+                if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                    error.args = (
+                        f"{show(self.function)} is called with (tensor, group): {error}; {_remedy(self.function)}",
+                    )
+                raise
+
+        return _call_checked(self.function, call, tensor, group), state
 
     def check(self, group: Group) -> None:
         """There are no hyperparameters."""
@@ -468,13 +480,24 @@ class _Definition:
         measure: Callable[..., Any] | None,
     ) -> None:
         given = 2 if init is None or measure is not None else 3
-        parameters = list(inspect.signature(function).parameters.values())
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # as those of torch
+            raise TypeError(
+                f"@transform needs a Python function, got {show(function)}, which does not tell its signature; write "
+                f"def {show(function)}(tensor, group): ..."
+            ) from None
+        parameters = list(signature.parameters.values())
         by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if len(parameters) < given or any(p.kind not in by_keyword for p in parameters[given:]):
+        if (
+            len(parameters) < given
+            or not parameters[1].name.startswith(("group", "_"))
+            or any(p.kind not in by_keyword for p in parameters[given:])
+        ):
             first = ("tensor, group", "tensor, group, state")[given - 2]
             raise TypeError(
-                f"{function.__name__} must be a function of ({first}), hyperparameters that can be given by keyword, "
-                f"and options after *; got {inspect.signature(function)}"
+                f"{show(function)} must be a function of ({first}), hyperparameters that can be given by keyword, "
+                f"and options after *; got {signature}"
             )
         parameters = parameters[given:]
         self.function = function
@@ -616,12 +639,37 @@ def as_stage(transform: Transform) -> Stage:
 
 def require_transform(value: object, place: str) -> Transform:
     """Return ``value`` if it can be a transform; ``place`` says where it was given."""
+    if isinstance(value, list | tuple):
+        members = ", ".join(map(show, value))
+        raise TypeError(
+            f"{place} must be one transform, got a {type(value).__name__}; write chain({members}), without brackets"
+        )
     if not callable(value):
         raise TypeError(f"{place} must be a callable (tensor, group) -> tensor, got {value!r}")
     definition = getattr(value, "definition", None)
     if isinstance(definition, _Definition) and not isinstance(value, BoundTransform):
         raise TypeError(f"{place} is the factory {definition.name}, not a transform; call it: {definition.name}(...)")
+    if not isinstance(value, Stage):
+        _require_signature(value, place)
     return cast("Transform", value)
+
+
+def _require_signature(function: Callable[..., Any], place: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # torch's own functions tell none; a call of it says what is wrong
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"{place} must be a callable (tensor, group) -> tensor, got {show(function)}{signature}; "
+            f"{_remedy(function)}"
+        ) from None
+
+
+def _remedy(function: object) -> str:
+    return f"if it is to act on the tensor alone, write lambda tensor, group: {show(function)}(tensor)"
 
 
 def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[Stage]:
@@ -677,8 +725,14 @@ def locate(error: Exception, place: str) -> None:
 
 
 def show(transform: object) -> str:
-    """How a transform prints: a plain function by its name, which stays the same from run to run."""
-    return transform.__name__ if inspect.isfunction(transform) else repr(transform)
+    """How a transform prints: what has a name by its name, so that it stays the same from run to run."""
+    if isinstance(transform, functools.partial):
+        given = [*map(repr, transform.args), *(f"{key}={value!r}" for key, value in transform.keywords.items())]
+        return f"partial({', '.join([show(transform.func), *given])})"
+    name = getattr(transform, "__name__", None)
+    if isinstance(name, str):
+        return name
+    return type(transform).__name__ if type(transform).__repr__ is object.__repr__ else repr(transform)
 
 
 def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, group: Group) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradchain import (
     Group,
+    ParamTransformingOptimizer,
     broadcast,
     chain,
     clamp,
@@ -165,3 +166,21 @@ def test_broken_member_is_located(
 def test_member_out_of_range_is_located() -> None:
     with pytest.raises(ValueError, match=r"stage 1, clip_by_norm\(max_norm=1.0\): clip_by_norm.max_norm must be > 0"):
         chain(sign(), clip_by_norm(1.0)).check({"clip_by_norm.max_norm": 0})
+
+
+# found: 36
+@pytest.mark.parametrize("members", [[sign(), scale(2.0)], (sign(), scale(2.0))])
+@pytest.mark.parametrize(
+    ("compose", "place"),
+    [
+        (chain, "member 0 of a chain"),
+        (lambda members: masked(members, "a"), "member 0 of masked"),
+        (lambda members: broadcast(members, 1), "the argument of broadcast"),
+        (lambda members: ParamTransformingOptimizer([torch.ones(1)], pre=members), "pre"),
+        (lambda members: ParamTransformingOptimizer([torch.ones(1)], post=members), "post"),
+    ],
+)
+def test_a_list_in_place_of_a_chain(compose: Any, place: str, members: Any) -> None:
+    text = rf"{place} must be one transform, got a (list|tuple); write chain\(sign\(\), scale\(factor=2.0\)\), without"
+    with pytest.raises(TypeError, match=text):
+        compose(members)

@@ -496,6 +496,22 @@ def test_the_step_is_taken_back(adapt: Any, steps: int) -> None:
 
 
 # found: 36
+def test_a_name_where_there_are_none() -> None:
+    model, optimizer = make(pre=sign())
+    with pytest.raises(
+        KeyError, match=r"no parameter 'a' here; there are \['0.weight', '0.bias', '1.weight', '1.bias'\]\""
+    ):
+        optimizer.explain()["a"]
+    unnamed = ParamTransformingOptimizer(model.parameters(), pre=sign())
+    for key, remedy in (
+        ("0.weight", r", without names; give the optimizer model.named_parameters\(\), or model="),
+        (7, ".$"),
+    ):
+        with pytest.raises(KeyError, match=rf"no parameter {key!r} here; there are \[0, 1, 2, 3\]{remedy}"):
+            unnamed.explain()[key]
+
+
+# found: 36
 def test_what_is_removed_explains_nothing() -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))])
     attached = attach(optimizer, pre=sign())

@@ -1,6 +1,7 @@
 """``@transform``: hyperparameters, ranges, and transforms as values."""
 
 import copy
+import functools
 import inspect
 import pickle
 from typing import Annotated, Any, Literal
@@ -10,7 +11,19 @@ import torch
 from annotated_types import Gt, Interval
 from torch import Tensor
 
-from gradchain import Group, clamp, clip_by_norm, keep_top_q, normalize, project_box, project_hyperplane, scale, sign
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    chain,
+    clamp,
+    clip_by_norm,
+    keep_top_q,
+    normalize,
+    project_box,
+    project_hyperplane,
+    scale,
+    sign,
+)
 from gradchain import transform as make_transform
 
 
@@ -167,3 +180,77 @@ def test_empty_tensors_do_not_reach_the_function() -> None:
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         assert sign()(torch.tensor([-2.0]), {}).item() == -1.0
+
+
+def halve(tensor: Tensor) -> Tensor:
+    return tensor / 2
+
+
+class Halve:
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor / 2
+
+
+# found: 36
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (halve, "halve(tensor: torch.Tensor) -> torch.Tensor"),
+        (lambda tensor: tensor, "<lambda>(tensor)"),
+        (Halve(), "Halve(tensor: torch.Tensor) -> torch.Tensor"),
+        (functools.partial(torch.nn.functional.softmax, dim=0, dtype=None), "partial(softmax, dim=0, dtype=None)("),
+    ],
+)
+def test_a_function_of_the_tensor_alone_is_no_transform(function: Any, got: str) -> None:
+    for place, compose in (("pre", make_pre), ("member 0 of a chain", chain)):
+        with pytest.raises(TypeError) as error:
+            compose(function)
+        text = str(error.value)
+        assert text.startswith(f"{place} must be a callable (tensor, group) -> tensor, got {got}")
+        name = got.rpartition("(")[0] if got.startswith("partial") else got.partition("(")[0]
+        assert text.endswith(f"; if it is to act on the tensor alone, write lambda tensor, group: {name}(tensor)")
+        assert "0x" not in text
+
+
+def make_pre(function: Any) -> ParamTransformingOptimizer:
+    x = torch.ones(2, requires_grad=True)
+    x.grad = torch.ones(2)
+    return ParamTransformingOptimizer([x], pre=function)
+
+
+# found: 36
+@pytest.mark.parametrize("function", [torch.sign, torch.Tensor.sign])
+def test_a_function_of_torch_says_in_the_call_what_it_lacks(function: Any) -> None:
+    optimizer = make_pre(function)
+    assert "pre=chain(sign)" in repr(optimizer)
+    for call in (optimizer.step, lambda: chain(function)(torch.ones(2), {})):
+        with pytest.raises(TypeError) as error:
+            call()
+        text = str(error.value)
+        assert "stage 0, " in text
+        assert "sign is called with (tensor, group): " in text
+        assert text.endswith("; if it is to act on the tensor alone, write lambda tensor, group: sign(tensor)")
+        assert "0x" not in text
+
+
+def test_type_errors_within_a_function_stay_as_they_are() -> None:
+    def add_name(tensor: Tensor, group: Group) -> Tensor:
+        return tensor + "name"  # type: ignore[operator]
+
+    with pytest.raises(TypeError, match=r"^stage 0, add_name: unsupported operand"):
+        chain(add_name)(torch.ones(2), {})
+
+
+# found: 36
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (halve, r"halve must be a function of \(tensor, group\), .*; got \(tensor: torch.Tensor\) -> "),
+        (lambda tensor, factor: tensor * factor, r"<lambda> must be a function of \(tensor, group\), .*factor\)$"),
+        (torch.sign, r"@transform needs a Python function, got sign, .*; write def sign\(tensor, group\)"),
+    ],
+)
+def test_decorating_what_has_no_group(function: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text) as error:
+        make_transform(function)
+    assert "0x" not in str(error.value)
