@@ -4,7 +4,7 @@ from gradchain.adapters.attach import Attached, attach
 from gradchain.adapters.functional import apply, init_state
 from gradchain.adapters.in_backward import InBackward, step_in_backward
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
-from gradchain.adapters.scheduler import as_lr
+from gradchain.adapters.scheduler import schedule
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
 from gradchain.explain import Explanation, explain
@@ -59,7 +59,6 @@ __all__ = [
     "add_noise",
     "amplify_slow",
     "apply",
-    "as_lr",
     "attach",
     "broadcast",
     "cautious",
@@ -106,6 +105,7 @@ __all__ = [
     "scale",
     "scale_by_param_norm",
     "scale_by_param_rms",
+    "schedule",
     "sign",
     "skip_large",
     "skip_nonfinite",

@@ -19,7 +19,6 @@ from gradchain import (
     ParamTransformingOptimizer,
     Transform,
     accumulate,
-    as_lr,
     attach,
     broadcast,
     chain,
@@ -33,6 +32,7 @@ from gradchain import (
     param_ema,
     project_l2_ball,
     scale,
+    schedule,
     sign,
     skip_large,
     skip_nonfinite,
@@ -388,7 +388,7 @@ def test_schedulers() -> None:
     optimizer = SGD([x], lr=1.0)
     before = StepLR(optimizer, 1, gamma=0.5)  # which patches step
     attach(optimizer, pre=scale(8.0))
-    after = ExponentialLR(as_lr(optimizer, "scale.factor"), 0.5)
+    after = schedule(optimizer, "scale.factor", ExponentialLR, gamma=0.5)
     for _ in range(2):
         x.grad = torch.ones(1)
         optimizer.step()

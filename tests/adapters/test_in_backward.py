@@ -19,7 +19,6 @@ from gradchain import (
     ParamTransformingOptimizer,
     Transform,
     add_noise,
-    as_lr,
     broadcast,
     cautious,
     chain,
@@ -35,6 +34,7 @@ from gradchain import (
     partition,
     project_l2_ball,
     scale,
+    schedule,
     sign,
     skip_large,
     skip_nonfinite,
@@ -159,7 +159,8 @@ def test_schedulers() -> None:
     models = [make_model(), make_model()]
     optims = [make(model, **everywhere()) for model in models]
     schedulers = [
-        [LambdaLR(o, warm_up), LambdaLR(as_lr(o, "clip_by_norm.max_norm"), lambda step: 1 / (1 + step))] for o in optims
+        [LambdaLR(o, warm_up), schedule(o, "clip_by_norm.max_norm", LambdaLR, lr_lambda=lambda step: 1 / (1 + step))]
+        for o in optims
     ]
 
     def finish(number: int) -> None:

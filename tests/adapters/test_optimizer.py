@@ -17,7 +17,6 @@ from gradchain import (
     Group,
     ParamTransformingOptimizer,
     Transform,
-    as_lr,
     attach,
     broadcast,
     cautious,
@@ -30,6 +29,7 @@ from gradchain import (
     project_l2_ball,
     reject_from_param,
     scale,
+    schedule,
     sign,
     transform,
 )
@@ -246,7 +246,7 @@ def test_transforms_of_a_kind_are_counted_through_the_slots() -> None:
     assert x.item() == -30.0
     group["scale_3.factor"] = 7.0
     group["scale_4.factor"] = 0.5
-    LambdaLR(as_lr(optim, "scale_2.factor"), lambda step: 10.0)
+    schedule(optim, "scale_2.factor", LambdaLR, lambda step: 10.0)
     x.grad = torch.ones(1)
     optim.step()
     assert x.item() == (-30.0 - 2 * 30 * 7) / 2

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import LBFGS, SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LRScheduler,
+    ReduceLROnPlateau,
+    StepLR,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradchain import ParamTransformingOptimizer, attach, skip_nonfinite
+from gradchain import ParamTransformingOptimizer, attach, schedule, skip_nonfinite
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -191,6 +198,53 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     assert_same(values(second), values(whole))
     assert_same(resumed["state"], expected["state"])
     assert resumed["state"][0]["transforms"].keys() == {"pre", "post"}
+
+
+# found: 15
+def test_schedules_of_hyperparameters_resume(adapt: Adapt, tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[float, float]]] = {}
+
+    class Record(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            group = trainer.optimizers[0].param_groups[0]
+            seen.setdefault(module.name, []).append((group["lr"], group["clip_by_global_norm.max_norm"]))
+
+    def with_schedulers(net: nn.Module) -> Any:
+        optimizer = adapt(make_adamw(net), **CHAINS)
+        key = "clip_by_global_norm.max_norm"
+        in_one: list[LRScheduler] = [
+            StepLR(optimizer, 3, gamma=0.5),
+            schedule(optimizer, key, ExponentialLR, gamma=0.9),
+        ]
+        plateau = schedule(optimizer, "project_linf_ball.radius", ReduceLROnPlateau, patience=0, factor=0.5)
+        return [optimizer], [
+            {"scheduler": ChainedScheduler(in_one), "interval": "step"},
+            {"scheduler": schedule(optimizer, "scale.factor", CosineAnnealingLR, T_max=8), "interval": "epoch"},
+            {"scheduler": plateau, "monitor": "worse"},
+        ]
+
+    class Worse(Module):
+        def on_train_epoch_end(self) -> None:
+            self.log("worse", torch.tensor(float(self.current_epoch)))
+
+    def make(name: str, seed: int = 0) -> Any:
+        module = Worse(with_schedulers, seed=seed)
+        module.name = name
+        return module
+
+    whole, first, second = make("whole"), make("first"), make("second", seed=1)
+    kwargs: dict[str, Any] = {"callbacks": [Record()]}
+    groups = fit(whole, max_epochs=4, **kwargs).optimizers[0].param_groups
+    fit(first, **kwargs).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(second, max_epochs=4, ckpt_path=tmp_path / "half.ckpt", **kwargs).optimizers[0].param_groups
+    torch.testing.assert_close(seen["whole"], [(0.05 * 0.5 ** (k // 3), 0.1 * 0.9**k) for k in range(16)])
+    assert seen["first"] + seen["second"] == seen["whole"]
+    assert groups[0]["scale.factor"] == pytest.approx(0.25)  # half way down from 0.5
+    assert groups[0]["project_linf_ball.radius"] == pytest.approx(0.3 * 0.5**3)
+    assert [{k: v for k, v in g.items() if k != "params"} for g in resumed] == [
+        {k: v for k, v in g.items() if k != "params"} for g in groups
+    ]
+    assert_same(values(second), values(whole))
 
 
 def test_its_view_of_the_optimizer() -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LRScheduler, StepLR
 
-from gradchain import ParamTransformingOptimizer, attach
+from gradchain import ParamTransformingOptimizer, attach, schedule
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -47,9 +47,10 @@ def make_trainer(
     optimizer_cls_and_kwargs: Any = None,
     **kwargs: Any,
 ) -> Any:
-    settings = {"max_steps": 6, "per_device_train_batch_size": 32, "max_grad_norm": 0.0, "save_strategy": "no"}
+    settings: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 32, "max_grad_norm": 0.0}
+    settings |= {"save_strategy": "no", "logging_strategy": "no"}
     args = transformers.TrainingArguments(
-        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no", **settings | kwargs
+        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, **settings | kwargs
     )
     return transformers.Trainer(
         model,
@@ -155,6 +156,29 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     expected, state = (t.optimizer.state_dict()["state"] for t in (trainer, again))
     assert_same(state, expected)
     assert state[0]["transforms"].keys() == {"pre", "post"}
+
+
+# found: 15
+def test_schedules_of_hyperparameters_resume(adapt: Adapt, tmp_path: Path) -> None:
+    key = "clip_by_global_norm.max_norm"
+
+    def make(seed: int, path: Path, **settings: Any) -> tuple[Model, Any]:
+        model = Model(seed)
+        optimizer = adapt(make_adamw(model), **CHAINS)
+        first: list[LRScheduler] = [StepLR(optimizer, 2, gamma=0.5), schedule(optimizer, key, ExponentialLR, gamma=0.9)]
+        pair = optimizer, ChainedScheduler(first)
+        return model, make_trainer(model, path, pair, per_device_train_batch_size=8, **settings)
+
+    whole, trainer = make(0, tmp_path, save_strategy="steps", save_steps=3, logging_strategy="steps", logging_steps=1)
+    trainer.train()
+    resumed, again = make(1, tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(values(resumed), values(whole))
+    for each in (trainer, again):
+        assert each.optimizer.param_groups[0][key] == pytest.approx(0.1 * 0.9**6)
+        assert each.optimizer.param_groups[0]["lr"] == 0.05 * 0.5**3
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.05 * 0.5 ** (k // 2) for k in range(6)])  # not those of the hyperparameter
 
 
 def test_bfloat16_autocast(adapt: Adapt, tmp_path: Path) -> None:

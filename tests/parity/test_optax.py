@@ -555,7 +555,7 @@ def test_param_ema(debias: bool) -> None:
 
 def test_schedule() -> None:
     def decay(optim: ParamTransformingOptimizer) -> Callable[[], None]:
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(gc.as_lr(optim, "clip_by_rms.threshold"), gamma=0.7)
+        scheduler = gc.schedule(optim, "clip_by_rms.threshold", torch.optim.lr_scheduler.ExponentialLR, gamma=0.7)
         return lambda: scheduler.step()
 
     clip = optax.inject_hyperparams(optax.clip_by_block_rms, hyperparam_dtype=jnp.float64)
