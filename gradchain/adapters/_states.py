@@ -310,6 +310,7 @@ def _averages(stage: Stage, state: State, param: Tensor) -> list[Tensor]:
         averages = _averages(stage.stages[0], state, param)
         return [stage.mix(average, param) for average in averages]
     if isinstance(stage, Combinator):
+        state = {**state, **state.get("inner", {})}  # where with_error_feedback has that of its transform
         below = [(stage.stages[index], state[key]) for index, key in stage.keys.items() if key in state]
         return [average for member, of_it in below for average in _averages(member, of_it, param)]
     return [state["average"]] if "average" in state else []

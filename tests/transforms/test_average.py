@@ -9,7 +9,15 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
-from gradchain import Group, ParamTransformingOptimizer, chain, lookahead, param_ema, project_l2_ball
+from gradchain import (
+    Group,
+    ParamTransformingOptimizer,
+    chain,
+    lookahead,
+    param_ema,
+    project_l2_ball,
+    with_error_feedback,
+)
 from gradchain.transform import Stage
 from tests.transforms.stateful import (
     CUTS,
@@ -211,7 +219,7 @@ def test_averages_advance_once_a_step_of_lbfgs(t: Stage) -> None:
     if t == lookahead(3, 0.4):
         for count in (1, 2, 0, 1):
             optim.step(closure)
-            assert leaves(optim.state_dict()["state"][0])["transforms.post.0.count"] == count
+            assert leaves(optim.state_dict()["state"][0])["transforms.post.lookahead.count"] == count
         return
     for _ in range(3):
         optim.step(closure)
@@ -233,11 +241,12 @@ def test_averaged_restores_the_parameters(t: Stage, dtype: torch.dtype) -> None:
     training.go(range(5))
     before = [p.detach().clone() for p in training.params]
     states = training.states()
+    name = t.state_name
 
     def evaluate() -> None:
         with training.optim.averaged():
             for param, state, value in zip(training.params, states, before, strict=True):
-                assert torch.equal(param, state["transforms.post.1.average"].to(dtype))
+                assert torch.equal(param, state[f"transforms.post.{name}.average"].to(dtype))
                 assert not torch.equal(param, value)
             raise RuntimeError("in the body")
 
@@ -270,3 +279,12 @@ def test_lookahead_can_end_in_a_set() -> None:
 def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_averaged_finds_the_average_inside_of_error_feedback() -> None:
+    x = tensor([1.0], requires_grad=True)
+    optim = ParamTransformingOptimizer([x], post=with_error_feedback(param_ema(0.5, debias=False)), lr=1.0)
+    x.grad = tensor([1.0])
+    optim.step()
+    with optim.averaged():
+        assert x.item() == 0.5
