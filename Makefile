@@ -3,14 +3,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 TESTS ?= --ignore=tests/frameworks
+SEED ?= 0
+COUNT ?= 1000
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz lint bench clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
 
 test: $(VENV)/done
 	$(BIN)/python -m pytest $(TESTS)
+
+fuzz: $(VENV)/done
+	$(BIN)/python -W error -m tests.differential $(SEED) $(COUNT)
 
 lint: $(VENV)/done
 	$(BIN)/ruff check
