@@ -9,7 +9,7 @@ from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
 from gradchain.explain import Explanation, explain
 from gradchain.masked import freeze, masked, partition
-from gradchain.transform import Group, State, Transform, transform
+from gradchain.transform import FROM_GROUP, Group, State, Transform, transform
 from gradchain.transforms.average import lookahead, param_ema
 from gradchain.transforms.clip import clip_adaptive, clip_by_norm, clip_by_rms
 from gradchain.transforms.elementwise import add, clamp, scale, sign, zero_nonfinite
@@ -47,6 +47,7 @@ from gradchain.transforms.update import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FROM_GROUP",
     "Attached",
     "Explanation",
     "Group",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -13,9 +12,11 @@ from torch.func import vmap
 from gradchain.chain import Chain
 from gradchain.transform import (
     CONTEXT,
+    FROM_GROUP,
     BoundTransform,
     Combinator,
     Each,
+    FromGroup,
     Group,
     Stage,
     State,
@@ -26,15 +27,6 @@ from gradchain.transform import (
     require_unwritten,
     show,
 )
-
-
-class FromGroup(enum.Enum):
-    """The type of ``FROM_GROUP``, the ``param_ndim`` that is read from the group at every call."""
-
-    FROM_GROUP = enum.auto()
-
-
-FROM_GROUP = FromGroup.FROM_GROUP
 
 
 @overload

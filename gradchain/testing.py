@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gradchain.broadcast import FROM_GROUP, Broadcast, broadcast, sub_ndim, to_batch
+from gradchain.broadcast import Broadcast, broadcast, sub_ndim, to_batch
 from gradchain.chain import chain
 from gradchain.transform import (
     CONTEXT,
+    FROM_GROUP,
     BoundTransform,
     Group,
     Transform,

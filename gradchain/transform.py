@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import itertools
@@ -30,6 +31,23 @@ Dim: TypeAlias = tuple[int, ...] | None
 """The dimensions that a transform acts on: the last ones of a tensor, as negative numbers, or None for all of them."""
 
 CONTEXT = ("param", "grad")
+
+GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot", "dim"})
+GIVEN |= {"param_ndim", "grad_scale", "grad_bias"}
+"""Keys to which adapters give a meaning, so that no hyperparameter can have them."""
+
+
+class FromGroup(enum.Enum):
+    """The type of ``FROM_GROUP``."""
+
+    FROM_GROUP = enum.auto()
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FROM_GROUP: Any = FromGroup.FROM_GROUP
+"""In place of a hyperparameter: there is no default, and every group has to give the value."""
 
 # Half-precision sums overflow (float16) or lose digits (bfloat16): compute in float32, round once at the end.
 _COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -106,7 +124,8 @@ def transform(
     The function is written for one tensor, with the meaning that the mathematics has; ``broadcast`` maps it over
     sub-tensors. Parameters before ``*`` are hyperparameters: the value given to the factory is the default, and the
     key ``"<function>.<parameter>"`` of the group wins. Parameters after ``*`` are options, fixed when the factory is
-    called. Both are checked against their annotations, ranges (``Annotated[float, Gt(0)]``) included.
+    called. Both are checked against their annotations, ranges (``Annotated[float, Gt(0)]``) included. The factory takes
+    ``FROM_GROUP`` for a hyperparameter that has no default, since every group gives its own.
 
     A half-precision tensor and its context reach the function as float32, and the result is rounded back. A tensor
     without elements never reaches it: the result is empty too.
@@ -196,13 +215,13 @@ class Stage(ABC):
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
 
-    def __call__(self, tensor: Tensor, group: Group, /) -> Tensor:
+    def __call__(self, tensor: Tensor, group: Group | None = None, /) -> Tensor:
         if self.stateful:
             raise TypeError(
                 f"{show(self)} has a state, so a call needs and returns it: "
                 "state = t.init(tensor, group); tensor, state = t.update(tensor, group, state)"
             )
-        return self.update(tensor, group, {})[0]
+        return self.update(tensor, {} if group is None else group, {})[0]
 
     def update(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform one tensor, and return the result with the next state."""
@@ -290,12 +309,22 @@ class BoundTransform(Each):
     prefix: str
     is_named: bool = False
     """Whether the prefix was given to it, and is not that of all transforms of its kind."""
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    """The keys of hyperparameters that have no prefix, by the name of the parameter."""
     hyperparameters: Mapping[str, Any] = field(init=False)
+    needed: tuple[str, ...] = field(init=False)
+    """The names of the hyperparameters without a default."""
 
     def __post_init__(self) -> None:
-        defaults = {f"{self.prefix}.{name}": self.arguments[name] for name in self.definition.hyperparameters}
+        defaults = {self.key(name): self.arguments[name] for name in self.definition.hyperparameters}
+        needed = tuple(name for name in self.definition.hyperparameters if self.arguments[name] is FROM_GROUP)
         object.__setattr__(self, "hyperparameters", defaults)
+        object.__setattr__(self, "needed", needed)
         self.definition.read_annotations()
+
+    def key(self, name: str) -> str:
+        """The key of a parameter in a group."""
+        return self.own_keys.get(name, f"{self.prefix}.{name}")
 
     @property
     def stateful(self) -> bool:  # type: ignore[override]
@@ -312,20 +341,47 @@ class BoundTransform(Each):
         """The name of the factory, whatever its hyperparameters are called."""
         return self.definition.name
 
-    def named(self, prefix: str) -> BoundTransform:
-        """Keep the hyperparameters under ``"<prefix>.<parameter>"``.
+    def named(self, prefix: str | None = None, /, **keys: str) -> BoundTransform:
+        """Keep the hyperparameters under ``"<prefix>.<parameter>"``, or under keys of your own.
 
         Transforms of the same kind have keys of their own without it, by their number: ``"clamp_2.min"``. With it the
         keys stay the same when another transform joins the chain, and transforms of the same name share them.
 
+        Args:
+            prefix: What stands before the dot.
+            **keys: The whole key of a hyperparameter, by the name of the parameter.
+
+        Raises:
+            TypeError: Neither is given, a name is no string or empty, or the transform has no such hyperparameter.
+            ValueError: A key is one that an optimizer sets for other purposes, or two hyperparameters have the same.
+
         Example:
-            >>> from gradchain import clamp
+            >>> from gradchain import clamp, project_l2_ball
             >>> clamp(-1, 1).named("grad").hyperparameters
             {'grad.min': -1, 'grad.max': 1}
+            >>> project_l2_ball(1.0).named(radius="epsilon")(torch.tensor([3.0, 4.0]), {"epsilon": 0.5})
+            tensor([0.3000, 0.4000])
         """
-        if not (isinstance(prefix, str) and prefix):
-            raise TypeError(f"{self!r}.named(prefix) needs a non-empty string, got {prefix!r}")
-        return replace(self, prefix=prefix, is_named=True)
+        known = self.definition.hyperparameters
+        if prefix is None and not keys:
+            raise TypeError(f"{self!r}.named needs a prefix, or the key of a hyperparameter: .named({known[0]}=...)")
+        for name, value in {"prefix": prefix, **keys}.items():
+            if not (isinstance(value, str) and value) and not (name == "prefix" and value is None):
+                raise TypeError(f"{self!r}.named({name}) needs a non-empty string, got {value!r}")
+        for name, key in keys.items():
+            if name not in known:
+                raise TypeError(f"{self!r}.named: there is no hyperparameter {name!r}; there are {list(known)}")
+            if key in GIVEN:
+                raise ValueError(f"{self!r}.named: {name} cannot have the key {key!r}, which optimizers set themselves")
+        named = replace(
+            self,
+            prefix=self.prefix if prefix is None else prefix,
+            is_named=self.is_named or prefix is not None,
+            own_keys={**self.own_keys, **keys},
+        )
+        if len(named.hyperparameters) < len(known):
+            raise ValueError(f"{self!r}.named: two hyperparameters cannot have the same key, got {keys}")
+        return named
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> BoundTransform:
         """``change(self)``."""
@@ -402,7 +458,9 @@ class BoundTransform(Each):
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
-        self.definition.validate({**self.arguments, **self._overrides(group)}, self.prefix)
+        overrides = self._overrides(group)
+        self._require_needed(overrides)
+        self.definition.validate({**self.arguments, **overrides}, self.prefix, self.own_keys)
 
     def read(self, group: Group, dtype: torch.dtype) -> Mapping[str, Any]:
         """The arguments, with the hyperparameters in ``group``; tensors without dimensions in ``dtype``."""
@@ -433,17 +491,29 @@ class BoundTransform(Each):
 
     def _read(self, group: Group) -> Mapping[str, Any]:
         overrides = self._overrides(group)
-        if not overrides:
+        if not overrides and not self.needed:
             return self.arguments
+        self._require_needed(overrides)
         arguments = {**self.arguments, **overrides}
         # Reading a tensor's value would synchronise the device and break graphs; factory and adapter have checked it.
-        self.definition.validate(arguments, self.prefix, read_tensors=False)
+        self.definition.validate(arguments, self.prefix, self.own_keys, read_tensors=False)
         return arguments
+
+    def _require_needed(self, overrides: Mapping[str, Any]) -> None:
+        for name in self.needed:
+            if name not in overrides:
+                key = self.key(name)
+                raise ValueError(
+                    f'{self!r} has no default for {name} and reads group["{key}"], which is not there; give it in each '
+                    f'param group, {{"params": ..., "{key}": ...}}, or for all in defaults'
+                )
 
     def __repr__(self) -> str:
         parameters = self.definition.signature.parameters
         given = [f"{n}={_show_value(v)}" for n, v in self.arguments.items() if not is_same(v, parameters[n].default)]
-        suffix = "" if self.prefix == self.definition.name else f".named({self.prefix!r})"
+        names = [] if self.prefix == self.definition.name else [repr(self.prefix)]
+        names += [f"{name}={key!r}" for name, key in self.own_keys.items()]
+        suffix = f".named({', '.join(names)})" if names else ""
         return f"{self.definition.name}({', '.join(given)}){suffix}"
 
     def __eq__(self, other: object) -> bool:
@@ -451,7 +521,7 @@ class BoundTransform(Each):
             return NotImplemented
         return (
             self.definition is other.definition
-            and (self.prefix, self.is_named) == (other.prefix, other.is_named)
+            and (self.prefix, self.is_named, self.own_keys) == (other.prefix, other.is_named, other.own_keys)
             and all(is_same(value, other.arguments[name]) for name, value in self.arguments.items())
         )
 
@@ -460,11 +530,11 @@ class BoundTransform(Each):
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix, self.is_named)
+        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix, self.is_named, self.own_keys)
 
 
-def _rebuild(factory: Any, arguments: dict[str, Any], prefix: str, is_named: bool) -> BoundTransform:
-    return BoundTransform(factory.definition, arguments, prefix, is_named)
+def _rebuild(factory: Any, arguments: dict[str, Any], *names: Any) -> BoundTransform:
+    return BoundTransform(factory.definition, arguments, *names)
 
 
 class _Definition:
@@ -525,7 +595,7 @@ class _Definition:
                 locate(error, self.name)
                 raise
             call.apply_defaults()
-            self.validate(call.arguments, self.name)
+            self.validate(call.arguments, self.name, {})
             return BoundTransform(self, call.arguments, self.name)
 
         def register_check(rule: Callable[..., None]) -> Callable[..., None]:
@@ -548,13 +618,23 @@ class _Definition:
             self._hints = get_type_hints(self.function, include_extras=True)
             self.takes_tensors = any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
 
-    def validate(self, arguments: Mapping[str, Any], prefix: str, *, read_tensors: bool = True) -> None:
-        """Raise where an argument has the wrong type, is out of range, or does not fit the others."""
+    def validate(
+        self, arguments: Mapping[str, Any], prefix: str, keys: Mapping[str, str], *, read_tensors: bool = True
+    ) -> None:
+        """Raise where an argument has the wrong type, is out of range, or does not fit the others.
+
+        Errors call a parameter by its key, ``"<prefix>.<parameter>"`` where there is none in ``keys``.
+        """
         self.read_annotations()
         assert self._hints is not None
-        unread = {name for name, value in arguments.items() if isinstance(value, Tensor) and not read_tensors}
+        unread = {
+            name
+            for name, value in arguments.items()
+            if (value is FROM_GROUP and name in self.hyperparameters)
+            or (isinstance(value, Tensor) and not read_tensors)
+        }
         for name in arguments.keys() - unread:
-            validate(f"{prefix}.{name}", self._hints.get(name, Any), arguments[name])
+            validate(keys.get(name, f"{prefix}.{name}"), self._hints.get(name, Any), arguments[name])
         try:
             if not unread:
                 self.check(**arguments)
@@ -685,7 +765,7 @@ def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[St
         return transform
 
     def number(transform: BoundTransform) -> BoundTransform:
-        if transform.is_named or not transform.hyperparameters:
+        if transform.is_named or transform.own_keys.keys() >= set(transform.definition.hyperparameters):
             return transform
         prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
         free = next(prefix for prefix in prefixes if prefix not in used)

@@ -12,15 +12,19 @@ from annotated_types import Gt, Interval
 from torch import Tensor
 
 from gradchain import (
+    FROM_GROUP,
     Group,
     ParamTransformingOptimizer,
+    broadcast,
     chain,
     clamp,
     clip_by_norm,
+    ema,
     keep_top_q,
     normalize,
     project_box,
     project_hyperplane,
+    project_l2_ball,
     scale,
     sign,
 )
@@ -115,6 +119,66 @@ def test_named_moves_the_keys() -> None:
         clip.named("")
 
 
+# found: 30
+def test_named_gives_a_hyperparameter_a_key_without_a_prefix() -> None:
+    ball = project_l2_ball(1.0).named(radius="epsilon")
+    assert ball.hyperparameters == {"epsilon": 1.0}
+    assert ball(X, {"epsilon": 0.5}).norm().item() == pytest.approx(0.5)
+    assert repr(ball) == "project_l2_ball(radius=1.0).named(radius='epsilon')"
+    assert ball != project_l2_ball(1.0)
+    assert clamp(-1, 1).named("grad", max="top").hyperparameters == {"grad.min": -1, "top": 1}
+    assert repr(clamp(-1, 1).named("a").named(max="top")) == "clamp(min=-1, max=1).named('a', max='top')"
+    assert chain(ball, project_l2_ball(2.0)).hyperparameters == {"epsilon": 1.0, "project_l2_ball.radius": 2.0}
+    with pytest.raises(ValueError, match="^epsilon must be >= 0, got -1.0"):
+        ball(X, {"epsilon": -1.0})
+    with pytest.raises(ValueError, match='"epsilon" has two defaults: 1.0 .* and 2.0'):
+        chain(ball, project_l2_ball(2.0).named(radius="epsilon"))
+
+
+# found: 30
+@pytest.mark.parametrize(
+    ("arguments", "keys", "error", "message"),
+    [
+        ((), {}, TypeError, r"named needs a prefix, or the key of a hyperparameter: .named\(min=...\)"),
+        ((), {"max": ""}, TypeError, r"named\(max\) needs a non-empty string, got ''"),
+        ((), {"top": "a"}, TypeError, r"there is no hyperparameter 'top'; there are \['min', 'max'\]"),
+        (
+            (),
+            {"max": "param_ndim"},
+            ValueError,
+            "max cannot have the key 'param_ndim', which optimizers set themselves",
+        ),
+        ((), {"min": "a", "max": "a"}, ValueError, "two hyperparameters cannot have the same key"),
+    ],
+)
+def test_named_with_keys_that_cannot_be(arguments: Any, keys: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        clamp(-1, 1).named(*arguments, **keys)
+
+
+# found: 30
+def test_a_hyperparameter_without_a_default() -> None:
+    ball = project_l2_ball(FROM_GROUP).named(radius="epsilon")
+    assert repr(ball) == "project_l2_ball(radius=FROM_GROUP).named(radius='epsilon')"
+    assert ball(X, {"epsilon": 0.5}).norm().item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r'no default for radius and reads group\["epsilon"\], which is not there; .*'):
+        ball(X)
+    with pytest.raises(ValueError, match="epsilon must be >= 0"):
+        ball(X, {"epsilon": -0.5})
+    with pytest.raises(ValueError, match="clamp: needs min <= max"):
+        clamp(FROM_GROUP, 1.0)(X, {"clamp.min": 2.0})
+    with pytest.raises(TypeError, match="keep_top_q.generator must be"):
+        keep_top_q(0.5, generator=FROM_GROUP)
+
+
+# found: 32
+def test_a_call_by_hand_needs_no_group() -> None:
+    assert torch.equal(sign()(X), X.sign())
+    assert torch.equal(chain(sign(), broadcast(scale(2.0), 0))(X), 2 * X.sign())
+    with pytest.raises(TypeError, match="has a state"):
+        ema(0.9)(X)
+
+
 @pytest.mark.parametrize(
     ("value", "printed"),
     [
@@ -142,7 +206,15 @@ def test_transforms_are_values() -> None:
     assert keep_top_q(0.5, generator=generator) == keep_top_q(0.5, generator=generator)
 
 
-@pytest.mark.parametrize("value", [sign(), clip_by_norm(1.0).named("a"), project_hyperplane(torch.ones(3), 1.0)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        sign(),
+        clip_by_norm(1.0).named("a"),
+        clamp(FROM_GROUP, 1.0).named("a", max="top"),
+        project_hyperplane(torch.ones(3), 1.0),
+    ],
+)
 def test_copies_are_equal(value: object) -> None:
     for copied in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
         assert copied == value

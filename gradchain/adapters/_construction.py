@@ -14,7 +14,16 @@ from torch.optim import Optimizer
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim, sub_ndim
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Transform, is_same, locate, merge_hyperparameters, number_keys, require_transform
+from gradchain.transform import (
+    FROM_GROUP,
+    Group,
+    Transform,
+    is_same,
+    locate,
+    merge_hyperparameters,
+    number_keys,
+    require_transform,
+)
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -73,8 +82,21 @@ def prefixes(chains: Iterable[Chain]) -> set[str]:
 
 
 def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
-    """Those of all slots, with their defaults."""
-    return merge_hyperparameters((f"{slot} {at}", t) for slot, members in chains.items() for at, t in members.places())
+    """Those of all slots that have a default."""
+    places = ((f"{slot} {at}", t) for slot, members in chains.items() for at, t in members.places())
+    return {key: value for key, value in merge_hyperparameters(places).items() if value is not FROM_GROUP}
+
+
+def require_new(values: Mapping[str, Any], optimizer: Optimizer, own: Mapping[str, Any]) -> None:
+    """Raise where a hyperparameter has a key of ``optimizer``, beside the keys that adapters gave it, its ``own``."""
+    for key, value in values.items():
+        # Keys with a dot are ours, and so are equal values in a copy of an optimizer that has transforms attached.
+        known = "." not in key and key in optimizer.defaults and key not in own
+        if known and not is_same(value, optimizer.defaults[key]):
+            raise ValueError(
+                f'the key "{key}" of a hyperparameter is one of {type(optimizer).__name__} already; choose another '
+                "with .named, or give FROM_GROUP in place of the default, to read what the group has"
+            )
 
 
 def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:

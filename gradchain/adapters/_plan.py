@@ -272,7 +272,7 @@ class _InPlace(_Operation):
             self.arguments = self.bound.read(self.group, self.dtype)
             for name, value in self.arguments.items():
                 for shape in self.shapes if isinstance(value, Tensor) and value.ndim else ():
-                    _require_fit(f"{self.bound.prefix}.{name}", value, shape)
+                    _require_fit(self.bound.key(name), value, shape)
         except Exception as error:
             error.failed_item = self.at[0]  # type: ignore[attr-defined]
             raise

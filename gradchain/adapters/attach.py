@@ -23,6 +23,7 @@ from gradchain.adapters._construction import (
     make_chains,
     number_chains,
     prefixes,
+    require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
@@ -107,6 +108,7 @@ def attach(
     hooks = _hooks_of(optimizer)
     chains = make_chains(pre=pre, update=update, post=post)
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
+    require_new(hyperparameters(numbered), optimizer, hooks.defaults)
     own_defaults = {"param_ndim": param_ndim, **hyperparameters(numbered), **(defaults or {})}
     known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
     if known:
@@ -247,7 +249,7 @@ class _Hooks:
     def add(self, attached: Attached, numbered: Mapping[str, Chain]) -> None:
         """Let it act after all others."""
         chains = {slot: chain(getattr(self, slot), numbered[slot]) for slot in SLOTS}
-        hyperparameters(chains)
+        hyperparameters(chains)  # raises where two have one key
         for key, value in attached.defaults.items():
             if key in self.defaults and not is_same(value, self.defaults[key]):
                 raise ValueError(

@@ -22,6 +22,7 @@ from gradchain.adapters._construction import (
     make_inner,
     number_chains,
     replace_defaults,
+    require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
@@ -133,13 +134,6 @@ class ParamTransformingOptimizer(Optimizer):
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
         numbered = number_chains(chains)
-        own_defaults = {
-            "param_ndim": param_ndim,
-            "grad_scale": grad_scale,
-            "grad_bias": grad_bias,
-            **hyperparameters(numbered),
-            **(defaults or {}),
-        }
         inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs)
         if isinstance(inner_opt, ParamTransformingOptimizer):
             raise TypeError(
@@ -147,6 +141,14 @@ class ParamTransformingOptimizer(Optimizer):
             )
         # Of an earlier wrapper of the same instance, as when the cell of a notebook runs again.
         earlier: dict[str, Any] = inner_opt.__dict__.get("_gradchain_defaults", {})
+        require_new(hyperparameters(numbered), inner_opt, earlier)
+        own_defaults = {
+            "param_ndim": param_ndim,
+            "grad_scale": grad_scale,
+            "grad_bias": grad_bias,
+            **hyperparameters(numbered),
+            **(defaults or {}),
+        }
         known = sorted(own_defaults.keys() & (inner_opt.defaults.keys() - earlier.keys() | {"params"}))
         if known:
             raise ValueError(
@@ -225,6 +227,7 @@ class ParamTransformingOptimizer(Optimizer):
         chains = {**self._chains(), **make_chains(**{slot: transform})}
         numbered = self._engine.number(chains)
         old, new = hyperparameters(self._engine.chains()), hyperparameters(numbered)
+        require_new(new, self.inner_opt, self._own_defaults)
         # First where ``defaults`` differ from what the chains say, then where groups differ from both.
         defaults = replace_defaults(self._own_defaults, old, new)
         groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from gradchain import (
+    FROM_GROUP,
     Group,
     ParamTransformingOptimizer,
     Transform,
@@ -275,6 +276,62 @@ def test_the_keys_of_a_slot_stay_when_another_gets_a_new_chain() -> None:
         y.grad = torch.ones(1)
         trained.step()
         assert y.item() == -5.0
+
+
+# found: 30
+def test_a_key_of_ones_own() -> None:
+    x = param(3.0, grad=[0.0])
+    ball = project_l2_ball(2.0).named(radius="epsilon")
+    optim = ParamTransformingOptimizer([x], post=ball, lr=1.0)
+    optim.step()
+    assert x.item() == 2.0
+    scheduler = schedule(optim, "epsilon", LambdaLR, lambda step: 1 / (1 + step))
+    optim.step()
+    scheduler.step()
+    optim.step()
+    assert x.item() == 1.0
+    other = ParamTransformingOptimizer([x], post=ball, lr=1.0)
+    other.load_state_dict(optim.state_dict())
+    assert other.param_groups[0]["epsilon"] == 1.0
+    with pytest.raises(ValueError, match="post, group 0: stage 0, project_l2_ball.*: epsilon must be >= 0, got -1"):
+        ParamTransformingOptimizer([x], post=ball, defaults={"epsilon": -1})
+    with pytest.raises(ValueError, match='the key "lr" of a hyperparameter is one of SGD already; choose another'):
+        ParamTransformingOptimizer([x], post=project_l2_ball(2.0).named(radius="lr"), lr=1.0)
+    with pytest.raises(ValueError, match='the key "lr" of a hyperparameter is one of SGD already; choose another'):
+        attach(SGD([x]), post=project_l2_ball(2.0).named(radius="lr"))
+
+
+# found: 30
+def test_a_hyperparameter_that_every_group_gives() -> None:
+    xs = [param(3.0, grad=[1.0]), param(3.0, grad=[1.0])]
+    groups: list[dict[str, Any]] = [{"params": [xs[0]], "epsilon": 2.0}, {"params": [xs[1]], "epsilon": 1.0}]
+    ball = project_l2_ball(FROM_GROUP).named(radius="epsilon")
+    optim = ParamTransformingOptimizer(groups, pre=scale(FROM_GROUP).named(factor="lr"), post=ball, lr=0.5)
+    optim.step()
+    assert [x.item() for x in xs] == [2.0, 1.0]
+    assert [x.grad for x in xs] == [torch.tensor([0.5])] * 2
+    assert "epsilon" not in optim.defaults
+    torch.load(io.BytesIO(saved(optim)), weights_only=True)
+    message = (
+        r'post, group 0: stage 0, .*no default for radius and reads group\["epsilon"\], which is not there; give it'
+    )
+    with pytest.raises(ValueError, match=message):
+        ParamTransformingOptimizer([param(1.0)], post=ball)
+    with pytest.raises(ValueError, match="post, group 2: .*reads"):
+        optim.add_param_group({"params": [param(1.0)]})
+    attached = SGD([{**group, "params": [param(3.0, grad=[1.0])]} for group in groups], lr=1.0)
+    attach(attached, post=ball)
+    attached.step()
+    assert [group["params"][0].item() for group in attached.param_groups] == [2.0, 1.0]
+    with pytest.raises(ValueError, match="post, group 0: .*reads"):
+        attach(SGD([param(1.0)]), post=ball)
+    ParamTransformingOptimizer([param(1.0)], post=ball, defaults={"epsilon": 1.0})
+
+
+def saved(optim: Optimizer) -> bytes:
+    file = io.BytesIO()
+    torch.save(optim.state_dict(), file)
+    return file.getvalue()
 
 
 def test_value_that_a_schedule_moves_out_of_range() -> None:
