@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from torch.nn import Parameter
 
 SHARDS_SINCE = "2.12"
 """The first version of torch whose ``DTensor`` passes the tests of ``tests/distributed``; 2.8 has wrong numbers."""
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_distributed(value: object) -> bool:
@@ -46,10 +44,11 @@ def local(value: Any) -> Any:
     return value.to_local() if is_distributed(value) else value
 
 
-def held(value: Any, like: Any = None) -> Any:
-    """``local``, as it is for ``like``. No elements are stood in for by one zero.
+def local_part(value: Any, like: Any = None) -> Any:
+    """``local`` of ``value``, distributed as ``like`` is.
 
-    So whatever acts on all processes acts on this one, too, and its counters go on.
+    A process that has no elements of it gets a tensor of one zero, so that what runs in all processes runs in this one
+    too, and counters advance in all of them.
     """
     if not is_distributed(value):
         return value
@@ -63,7 +62,7 @@ NEUTRAL = {"sum": 0, "product": 1}
 """What a process has that adds nothing to what the processes make together; for a mean or a maximum, all have all."""
 
 
-def distribute(whole: Tensor, like: Any) -> Any:
+def distribute_like(whole: Tensor, like: Any) -> Any:
     """``whole``, which every process has, distributed like ``like``: nothing is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -80,16 +79,6 @@ def distribute(whole: Tensor, like: Any) -> Any:
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def put_back(mine: Tensor, like: Any) -> Any:
-    """The distributed tensor of which this process has ``mine``, where ``held`` gave that of ``like`` before."""
-    from torch.distributed.tensor import DTensor
-
-    if like.to_local().numel() == 0:
-        return like
-    placed = like.device_mesh, like.placements
-    return DTensor.from_local(mine, *placed, run_check=False, shape=like.shape, stride=like.stride())
-
-
 def has_whole_units(tensor: Any, split: int) -> bool:
     """Whether no part of ``tensor`` after its first ``split`` dimensions is distributed."""
     sizes = tensor.device_mesh.shape
@@ -99,7 +88,7 @@ def has_whole_units(tensor: Any, split: int) -> bool:
     )
 
 
-def goes_along(value: Any, tensor: Any, split: int) -> bool:
+def is_placed_like(value: Any, tensor: Any, split: int) -> bool:
     """Whether each process has of ``value`` what belongs to its part of ``tensor``, up to dimension ``split``."""
     if value.ndim == 0:
         return not is_distributed(value) or has_whole_units(value, 0)
@@ -111,13 +100,7 @@ def goes_along(value: Any, tensor: Any, split: int) -> bool:
     )
 
 
-def sees_parts(measure: F) -> F:
-    """Say that ``measure`` can deal with distributed tensors; others get whole ones."""
-    measure.sees_parts = True  # type: ignore[attr-defined]
-    return measure
-
-
-def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Lists of those that have elements, one dtype and one distribution; a sum over processes is added up first."""
     lists: dict[Any, list[Tensor]] = {}
     for tensor in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from torch import Tensor
@@ -92,23 +92,37 @@ class Broadcast(Each):
         self.hyperparameters = stage.hyperparameters
         self.stateful = stage.stateful
         self.shares_state = stage.shares_state
+        self.measures = stage.measures
+        self.measures_shards = stage.measures_shards
+        self.skip_keys = stage.skip_keys
 
     @property
     def state_name(self) -> str:
         """That of the transform."""
         return self.stage.state_name
 
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """Those of the transform."""
+        return self.stage.functions()
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """Those of the transform."""
+        return self.stage.averages(state, param)
+
+    def after_skip(self, state: State) -> None:
+        """Ask the transform."""
+        self.stage.after_skip(state)
+
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""
-        param_ndim = self.mapped_ndim(tensor, group)
-        if param_ndim is None or self.shares_state:
+        if self.shares_state:
             return self.stage.init(tensor, group)
 
         def init(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.init(sub_tensor, {**group, **sub_context})
+            return self.stage.init(sub_tensor, group | sub_context)
 
-        mapped: State = vmap(init, randomness="different")(to_batch(tensor, param_ndim), _batches(group, param_ndim))
-        return mapped
+        state: State = self._map(init, tensor, group)(tensor, _context(group))
+        return state
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
         """What the transform measures, of the whole tensors."""
@@ -116,23 +130,21 @@ class Broadcast(Each):
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform each sub-tensor."""
-        param_ndim = self.mapped_ndim(tensor, group)
-        if param_ndim is None:
+        if self.unit_ndim(tensor.ndim, group) is None or not tensor.numel():
             return self.stage.act(tensor, group, state)
-        for key in CONTEXT:
-            if key in group and group[key].shape != tensor.shape:
+        context = _context(group)
+        for key, value in context.items():
+            if value.shape != tensor.shape:
                 raise ValueError(
-                    f'group["{key}"] must have the shape {tuple(tensor.shape)} of the tensor, '
-                    f"got {tuple(group[key].shape)}"
+                    f'group["{key}"] must have the shape {tuple(tensor.shape)} of the tensor, got {tuple(value.shape)}'
                 )
 
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
-            return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
+            return self.stage.act(sub_tensor, group | sub_context, sub_state)
 
-        batch, context = to_batch(tensor, param_ndim), _batches(group, param_ndim)
-        inputs = look_at(batch, context)  # out here: within vmap, tensors do not count writes
+        inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
         try:
-            mapped, new_state = vmap(act, randomness="different")(batch, context, {} if self.shares_state else state)
+            result, new_state = self._map(act, tensor, group)(tensor, context, {} if self.shares_state else state)
         except RuntimeError as error:
             if "vmap:" in str(error):
                 error.args = (
@@ -141,7 +153,14 @@ class Broadcast(Each):
                 )
             raise
         require_unwritten(self.transform, inputs)
-        return mapped.reshape(tensor.shape), state if self.shares_state else new_state
+        return result, state if self.shares_state else new_state
+
+    def _map(self, function: Callable[..., Any], tensor: Tensor, group: Group) -> Callable[..., Any]:
+        """``function``, mapped over each dimension of ``tensor`` outside of the sub-tensors."""
+        unit_ndim = self.unit_ndim(tensor.ndim, group) if tensor.numel() else None
+        for _ in range(0 if unit_ndim is None else tensor.ndim - unit_ndim):
+            function = vmap(function, randomness="different")
+        return function
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
@@ -152,21 +171,21 @@ class Broadcast(Each):
         stage = self.stage.replaced(change)
         return self if stage is self.stage else Broadcast(stage, self.param_ndim)
 
-    def mapped_ndim(self, tensor: Tensor, group: Group) -> int | None:
+    def unit_ndim(self, ndim: int, group: Group) -> int | None:
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
-        definition = self.transform.definition if isinstance(self.transform, BoundTransform) else None
-        elementwise = definition is not None and definition.elementwise
-        param_ndim = self.param_ndim
+        param_ndim, transform = self.param_ndim, self.transform
+        if isinstance(transform, BoundTransform) and transform.is_seeded:
+            return None
         if isinstance(param_ndim, FromGroup):
-            if definition is not None and (elementwise or definition.whole):
+            if isinstance(transform, BoundTransform) and transform.is_whole:
                 return None
             if "param_ndim" not in group:
                 raise ValueError(
                     f'{self!r} reads group["param_ndim"], which is not there; give it here: broadcast(..., param_ndim)'
                 )
             param_ndim = require_param_ndim(group["param_ndim"])
-        ndim = sub_ndim(tensor.ndim, param_ndim)
-        return None if elementwise or ndim == tensor.ndim or tensor.numel() == 0 else ndim
+        unit_ndim = sub_ndim(ndim, param_ndim)
+        return None if unit_ndim == ndim else unit_ndim
 
     def __repr__(self) -> str:
         param_ndim = "" if self.param_ndim is FROM_GROUP else f", param_ndim={self.param_ndim}"
@@ -184,8 +203,8 @@ class Broadcast(Each):
         return broadcast, (self.transform, self.param_ndim)
 
 
-def _batches(group: Group, param_ndim: int) -> Group:
-    return {key: to_batch(group[key], param_ndim) for key in CONTEXT if key in group}
+def _context(group: Group) -> Group:
+    return {key: group[key] for key in CONTEXT if key in group}
 
 
 def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from gradchain._html import show_chain
-from gradchain.transform import Combinator, Group, State, Transform, locate, show
+from gradchain.transform import Combinator, Group, Part, State, Transform, below, beneath, locate, show
 
 
 def chain(*transforms: Transform) -> Chain:
@@ -52,8 +52,11 @@ class Chain(Combinator, Sequence[Transform]):
     state_name = "chain"
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first states of the stateful members, by their names."""
-        return {key: self.stages[index].init(tensor, group) for index, key in self.keys.items()}
+        """The first states of the stateful members. Their keys begin with the names of the members."""
+        state: State = {}
+        for index in self.keys:
+            state |= beneath(self.stages[index].init(tensor, group), self.path(index))
+        return state
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -74,21 +77,27 @@ class Chain(Combinator, Sequence[Transform]):
     ) -> Iterator[Sequence[Tensor]]:
         """Yield the tensors after each stage, and put the next states into ``new_states``."""
         for index, stage in enumerate(self.stages):
-            key = self.keys.get(index)
+            path = self.path(index)
             try:
-                if key is not None and any(key not in state for state in states):
-                    raise ValueError(
-                        "the state has nothing for it; it comes from state = t.init(tensor, group), or the step before"
-                    )
-                stage_states = [state[key] if key is not None else {} for state in states]
-                tensors, stage_states = stage.run(tensors, groups, stage_states)
+                tensors, stage_states = stage.run(tensors, groups, [below(state, path) for state in states])
             except Exception as error:
                 locate(error, self.place(index))
                 raise
-            if key is not None:
-                for new_state, stage_state in zip(new_states, stage_states, strict=True):
-                    new_state[key] = stage_state
+            for new_state, stage_state in zip(new_states, stage_states, strict=True):
+                new_state |= beneath(stage_state, path)
             yield tensors
+
+    def split(
+        self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
+    ) -> Iterator[Part]:
+        """The stages of its members, in order."""
+        for index, stage in enumerate(self.stages):
+            try:
+                parts = list(stage.split(groups, numbers, path + self.path(index), (*places, self.place(index))))
+            except Exception as error:
+                locate(error, self.place(index))
+                raise
+            yield from parts
 
     def rebuild(self, members: Iterable[Transform]) -> Chain:
         """A chain of other members."""

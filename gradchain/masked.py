@@ -9,9 +9,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradchain._sharding import distribute, is_distributed
+from gradchain._sharding import distribute_like, is_distributed
 from gradchain.chain import Chain, chain
-from gradchain.transform import Combinator, Group, Stage, State, Transform, locate, show, transform
+from gradchain.transform import (
+    PLACE,
+    Combinator,
+    Group,
+    Part,
+    Stage,
+    State,
+    Transform,
+    below,
+    beneath,
+    locate,
+    show,
+    transform,
+)
 
 Where: TypeAlias = str | Tensor | Callable[[Group], bool]
 
@@ -101,15 +114,10 @@ def freeze(where: Where) -> Combinator:
     return masked(set_to_zero(), where)
 
 
-@transform(elementwise=True)
+@transform(whole=True)
 def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
     """Replace by zeros."""
     return torch.zeros_like(tensor)
-
-
-@set_to_zero.in_place
-def _set_to_zero(tensors: list[Tensor], group: Group) -> None:
-    torch._foreach_zero_(tensors)
 
 
 class Masked(Combinator):
@@ -120,6 +128,10 @@ class Masked(Combinator):
     def __init__(self, transform: Transform, where: Where) -> None:
         super().__init__([transform])
         self.where = where
+
+    def path(self, index: int) -> str:
+        """Nothing: its state is that of the transform."""
+        return ""
 
     @property
     def state_name(self) -> str:
@@ -140,24 +152,39 @@ class Masked(Combinator):
             results[i], new_states[i] = self._mix(result, tensors[i], groups[i]), new_state
         return results, new_states
 
+    def split(
+        self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
+    ) -> Iterator[Part]:
+        """The stages of the transform, for the tensors that are selected; itself, where it selects entries."""
+        if isinstance(self.where, Tensor):
+            yield from super().split(groups, numbers, path, places)
+        else:
+            chosen = [i for i in numbers if self.selects(groups[i])]
+            yield from self.stages[0].split(groups, chosen, path, places)
+
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
         """The same for another transform."""
         return masked(members[0], self.where)
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """Those of the transform, with the values of ``param`` where it is not selected."""
+        return [self.mix(average, param) for average in super().averages(state, param)]
 
     def mix(self, result: Tensor, tensor: Tensor) -> Tensor:
         """``result`` where it is selected, and ``tensor`` elsewhere."""
         if not isinstance(self.where, Tensor) or not tensor.numel():
             return result
         mask = self.where.to(tensor.device).expand(tensor.shape)
-        return torch.where(distribute(mask, tensor) if is_distributed(tensor) else mask, result, tensor)
+        return torch.where(distribute_like(mask, tensor) if is_distributed(tensor) else mask, result, tensor)
 
     def _mix(self, result: Tensor, tensor: Tensor, group: Group) -> Tensor:
         try:
             return self.mix(result, tensor)
         except RuntimeError as error:
-            error.failed_group = group  # type: ignore[attr-defined]
             shape = tuple(self.where.shape) if isinstance(self.where, Tensor) else ()
             locate(error, f"masked: the mask of shape {shape} does not fit {tuple(tensor.shape)}")
+            if PLACE in group:
+                locate(error, group[PLACE])
             raise
 
     def selects(self, group: Group) -> bool:
@@ -196,9 +223,9 @@ class Partition(Combinator):
         self.by = by
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state of the transform for this kind, by its name."""
+        """The first state of the transform for this kind. Its keys begin with the name of the transform."""
         kind = self.kind(group)
-        return {self.keys[kind]: self.stages[kind].init(tensor, group)} if kind in self.keys else {}
+        return beneath(self.stages[kind].init(tensor, group), self.path(kind))
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -207,11 +234,19 @@ class Partition(Combinator):
         kinds = [self.kind(group) for group in groups]
         results, new_states = list(tensors), list(states)
         for kind, stage in enumerate(self.stages):
-            chosen, key = [i for i, each in enumerate(kinds) if each == kind], self.keys.get(kind)
-            own = states if key is None else [state.get(key, {}) for state in states]
+            chosen, path = [i for i, each in enumerate(kinds) if each == kind], self.path(kind)
+            own = [below(state, path) for state in states]
             for i, result, new_state in _run_some(stage, chosen, tensors, groups, own):
-                results[i], new_states[i] = result, new_state if key is None else {key: new_state}
+                results[i], new_states[i] = result, beneath(new_state, path)
         return results, new_states
+
+    def split(
+        self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
+    ) -> Iterator[Part]:
+        """The stages of each transform, for the tensors of its kind."""
+        kinds = {i: self.kind(groups[i]) for i in numbers}
+        for kind, stage in enumerate(self.stages):
+            yield from stage.split(groups, [i for i in numbers if kinds[i] == kind], path + self.path(kind), places)
 
     def rebuild(self, members: Sequence[Transform]) -> Partition:
         """The same with other transforms."""

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gradchain.broadcast import Broadcast, broadcast, sub_ndim, to_batch
+from gradchain.broadcast import Broadcast, broadcast, to_batch
 from gradchain.chain import chain
 from gradchain.transform import (
     CONTEXT,
     FROM_GROUP,
-    BoundTransform,
     Group,
     Transform,
     as_stage,
-    compute_dtype,
     require_transform,
     show,
 )
@@ -348,48 +346,6 @@ def _compiles(transform: Transform, tensor: Tensor, group: Group) -> bool:
     return True  # compiling takes long
 
 
-def _in_place(transform: Transform, tensor: Tensor, group: Group) -> bool | None:
-    bound = transform.transform if isinstance(transform, _FirstStep) else transform
-    if not isinstance(bound, BoundTransform) or bound.definition.rule is None:
-        return True
-    if not tensor.numel() or tensor.dtype is torch.float16:  # bfloat16 goes the same way
-        return None
-    strided = (2 * tensor).transpose(0, -1).contiguous().transpose(0, -1) if tensor.ndim else 2 * tensor
-    # In an optimizer, what has no sub-tensors is given whole.
-    is_whole = bound.definition.elementwise or bound.definition.whole
-    for param_ndim in (None,) if is_whole else (*range(tensor.ndim + 1), None):
-        _check_rule(bound, param_ndim, [tensor, strided], group)
-    return None
-
-
-def _check_rule(bound: BoundTransform, param_ndim: int | None, tensors: list[Tensor], group: Group) -> None:
-    stage = broadcast(bound, param_ndim)
-    states = [stage.init(tensor, group) for tensor in tensors]
-    context = {key: lambda key=key: [group[key]] * len(tensors) for key in CONTEXT}
-    others = {key: value for key, value in group.items() if key not in CONTEXT}
-    ndim = sub_ndim(tensors[0].ndim, param_ndim)
-    dim = None if ndim == tensors[0].ndim else tuple(range(-ndim, 0))
-    arguments = bound.read(group, compute_dtype(tensors[0].dtype))
-    for step in (1, 2):
-        try:
-            expected, new_states = stage.run(tensors, [group] * len(tensors), states)
-        except (RuntimeError, ValueError):
-            return  # the function is not for sub-tensors of this shape
-        view, _ = bound.measure(tensors, group, states[0])
-        actual, own_states = copy.deepcopy(tensors), [] if bound.shares_state else copy.deepcopy(states)
-        bound.act_in_place(
-            actual, {**others, **view, "dim": dim}, context, own_states if bound.stateful else [], arguments
-        )
-        message = f"step {step}, param_ndim={param_ndim}: the rule against the function"
-        for tensor, result, wanted in zip(tensors, actual, expected, strict=True):
-            scale = tensor.abs().max().clamp_min(1)  # what is left of a difference is rounded as its terms are
-            _assert_same(result / scale, wanted / scale, message)
-        for state, new_state in zip(own_states, new_states, strict=False):
-            for value, wanted in zip(_leaves(state), _leaves(new_state), strict=True):
-                _assert_same(value, wanted, f"{message}, state")
-        tensors, states = [tensor - 0.5 for tensor in tensors], new_states
-
-
 def _copies(transform: Transform, tensor: Tensor, group: Group) -> None:
     printed = show(transform)
     assert " at 0x" not in printed, f"it prints as {printed}"
@@ -423,6 +379,5 @@ _LAWS: dict[str, Law] = {
     "vmaps": _vmaps,
     "differentiable": _differentiable,
     "compiles": _compiles,
-    "in_place": _in_place,
     "copies": _copies,
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import is_
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_args, get_type_hints, overload
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, get_type_hints, overload
 
 import torch
 from torch import Generator, Tensor
@@ -25,10 +25,10 @@ Group: TypeAlias = dict[str, Any]
 """A param group: hyperparameters by key and, as context, ``"param"`` and ``"grad"``, shaped like the tensor."""
 
 State: TypeAlias = dict[str, Any]
-"""What a stateful transform remembers from step to step: a dict of tensors, or of such dicts."""
+"""What a stateful transform remembers from step to step: a dict of tensors.
 
-Dim: TypeAlias = tuple[int, ...] | None
-"""The dimensions that a transform acts on: the last ones of a tensor, as negative numbers, or None for all of them."""
+In the state of a chain, the keys begin with the names of the transforms: ``"ema.average"``.
+"""
 
 CONTEXT = ("param", "grad")
 
@@ -48,6 +48,9 @@ class FromGroup(enum.Enum):
 
 FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
+
+PLACE = "place"
+"""The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
 
 # Half-precision sums overflow (float16) or lose digits (bfloat16): compute in float32, round once at the end.
 _COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -70,15 +73,8 @@ class TransformFactory(Protocol[P]):
         """Register ``rule(**arguments)``, which raises where arguments that are each in range do not fit together."""
         ...
 
-    def in_place(self, rule: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``rule(tensors, group, ...)``, which overwrites tensors by what the function gives.
-
-        The rule takes what the function takes, but lists: ``tensors``, real and of one dtype; ``group["param"]`` and
-        ``group["grad"]``; and each entry of a state, stacked over sub-tensors, which it overwrites, too.
-        ``group["dim"]`` are the dimensions that the function acts on: None for all of a tensor, else its last ones, as
-        negative numbers, and ``()`` for each element, which torch would take for all. The rule must not fail where its
-        function does not.
-        """
+    def on_skip(self, rule: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``rule(state, **arguments)``, called when the transform has called a step off; it may raise."""
         ...
 
 
@@ -86,38 +82,32 @@ class TransformFactory(Protocol[P]):
 def transform(function: Callable[Concatenate[Tensor, Group, P], Tensor], /) -> TransformFactory[P]: ...
 @overload
 def transform(
-    *,
-    elementwise: bool = False,
-    whole: bool = False,
-    real_only: bool = False,
-    measure: Callable[..., Group] | None = None,
+    *, whole: bool = False, measure: Callable[..., Group] | None = None, measures_shards: bool = False
 ) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
 @overload
 def transform(
-    *,
-    init: Callable[..., State],
-    elementwise: bool = False,
-    whole: bool = False,
-    real_only: bool = False,
+    *, init: Callable[..., State], whole: bool = False, seeded: bool = False, average: str | None = None
 ) -> Callable[[Callable[Concatenate[Tensor, Group, State, P], tuple[Tensor, State]]], TransformFactory[P]]: ...
 @overload
 def transform(
     *,
     init: Callable[..., State],
     measure: Callable[..., tuple[Group, State]],
-    elementwise: bool = False,
+    measures_shards: bool = False,
     whole: bool = False,
-    real_only: bool = False,
+    skip: str | None = None,
 ) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
 def transform(
     function: Callable[..., Any] | None = None,
     /,
     *,
     init: Callable[..., State] | None = None,
-    elementwise: bool = False,
     whole: bool = False,
-    real_only: bool = False,
+    seeded: bool = False,
     measure: Callable[..., Any] | None = None,
+    measures_shards: bool = False,
+    average: str | None = None,
+    skip: str | None = None,
 ) -> Any:
     """Turn a pure function ``(tensor, group, ...) -> tensor`` into a factory of transforms.
 
@@ -134,15 +124,17 @@ def transform(
         init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
             tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)`` and
             returns a new state. ``clone()`` what is kept of an input: an optimizer writes to it later.
-        elementwise: Each element of the result depends on that element alone, so that no reshaping is needed.
-        whole: The formula itself says which dimensions it acts on. The ``param_ndim`` of a group is not for it; an
-            explicit ``broadcast(t, param_ndim)`` is.
-        real_only: Complex tensors are a ``TypeError``.
+        whole: The formula itself says what it acts on: each element, or certain dimensions. The ``param_ndim`` of a
+            group is not for it; an explicit ``broadcast(t, param_ndim)`` is.
+        seeded: It draws random numbers for the whole tensor, from a generator in its state. No ``broadcast`` is for it.
         measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
             a dict that the function finds in its group. The tensors are as they are, half precision included, and the
             arguments those of the first group. With ``init`` too, the state is that of the measure, one for all
             tensors: ``measure(tensors, state, **arguments)`` returns the dict and a new state, and the function is
             ``(tensor, group, ...) -> tensor``.
+        measures_shards: Whether ``measure`` can deal with distributed tensors (``DTensor``). If not, it gets them whole.
+        average: The key of the state under which there is an average of the parameter, to evaluate with.
+        skip: The key of the state that says whether to call the step off.
 
     Example:
         >>> from typing import Annotated
@@ -180,9 +172,25 @@ def transform(
     """
 
     def decorate(function: Callable[..., Any]) -> TransformFactory[...]:
-        return _Definition(function, init, elementwise, whole, real_only, measure).factory
+        return _Definition(function, init, whole, seeded, measure, measures_shards, average, skip).factory
 
     return decorate if function is None else decorate(function)
+
+
+class Part(NamedTuple):
+    """A stage within a chain, and the tensors that it is for."""
+
+    stage: Stage
+    path: str
+    """How the keys of its states begin."""
+    numbers: Sequence[int]
+    """Which of the tensors it is for."""
+    places: tuple[str, ...]
+    """The words that say where it is, from the outside in."""
+
+    def states_of(self, states: State) -> State:
+        """Its own among all ``states`` of a tensor."""
+        return below(states, self.path)
 
 
 class Stage(ABC):
@@ -191,10 +199,22 @@ class Stage(ABC):
     hyperparameters: Mapping[str, Any]
     """The default of every hyperparameter, by its key in a group."""
 
-    stateful: bool
+    stateful: bool = False
 
-    shares_state: bool
+    shares_state: bool = False
     """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
+
+    measures: bool = False
+    """Whether it has to see all tensors of the optimizer together."""
+
+    measures_shards: bool = False
+    """Whether it can measure distributed tensors."""
+
+    acts_on_each: bool = True
+    """Whether it acts on each tensor by itself, once all are measured."""
+
+    skip_keys: tuple[str, ...] = ()
+    """The keys of its state that say whether to call the step off."""
 
     @property
     @abstractmethod
@@ -215,6 +235,10 @@ class Stage(ABC):
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
 
+    @abstractmethod
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The functions that it calls for each tensor."""
+
     def __call__(self, tensor: Tensor, group: Group | None = None, /) -> Tensor:
         if self.stateful:
             raise TypeError(
@@ -227,6 +251,27 @@ class Stage(ABC):
         """Transform one tensor, and return the result with the next state."""
         (result,), (new_state,) = self.run([tensor], [group], [state])
         return result, new_state
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, given what was measured of all."""
+        return self.update(tensor, group, state)
+
+    def unit_ndim(self, ndim: int, group: Group) -> int | None:
+        """How many dimensions the sub-tensors have that it acts on, of a tensor of ``ndim``; None for the whole."""
+        return None
+
+    def split(
+        self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
+    ) -> Iterator[Part]:
+        """The stages that it is made of, in order, each with those of the tensors ``numbers`` that it is for."""
+        yield Part(self, path, numbers, places)
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """The averages of ``param`` in its state, to evaluate with."""
+        return []
+
+    def after_skip(self, state: State) -> None:  # noqa: B027 # most skip nothing
+        """Raise where a step was called off that should not have been, given the state after it."""
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
         """The stage with ``change(transform)`` for each transform that a factory made; itself if nothing changes."""
@@ -250,15 +295,16 @@ class Each(Stage):
         """Transform all tensors, one after the other."""
         full = [(tensor, group) for tensor, group in zip(tensors, groups, strict=True) if tensor.numel()]
         view: Group = {}
-        if full:
+        if full and self.measures:
             view, state = self.measure([tensor for tensor, _ in full], full[0][1], states[0])
             states = [state] * len(states) if self.shares_state else states
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
-                result, new_state = self.act(tensor, {**group, **view}, state)
+                result, new_state = self.act(tensor, group | view, state)
             except Exception as error:
-                error.failed_group = group  # type: ignore[attr-defined] # the optimizer knows which parameter it is
+                if PLACE in group:
+                    locate(error, group[PLACE])
                 raise
             results.append(result)
             new_states.append(new_state)
@@ -268,8 +314,6 @@ class Each(Stage):
 class Function(Each):
     """A plain callable, as a stage."""
 
-    stateful = False
-    shares_state = False
     state_name = "function"
 
     def __init__(self, function: Transform) -> None:
@@ -282,22 +326,20 @@ class Function(Each):
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""
-
-        def call() -> Tensor:
-            try:
-                return self.function(tensor, group)
-            except TypeError as error:
-                # The call itself failed, and not something in the function.
-                if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                    error.args = (
-                        f"{show(self.function)} is called with (tensor, group): {error}; {_remedy(self.function)}",
-                    )
-                raise
-
-        return _call_checked(self.function, call, tensor, group), state
+        return _call_checked(self.function, lambda: self.function(tensor, group), tensor, group), state
 
     def check(self, group: Group) -> None:
         """There are no hyperparameters."""
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The function."""
+        return [self.function]
+
+    def __eq__(self, other: object) -> bool:
+        return self.function == other.function if isinstance(other, Function) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.function)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -332,9 +374,48 @@ class BoundTransform(Each):
         return self.definition.init is not None
 
     @property
+    def measures(self) -> bool:  # type: ignore[override]
+        """Whether it measures all tensors."""
+        return self.definition.measure is not None
+
+    @property
+    def measures_shards(self) -> bool:  # type: ignore[override]
+        """Whether it can measure distributed tensors."""
+        return self.definition.measures_shards
+
+    @property
     def shares_state(self) -> bool:  # type: ignore[override]
         """Whether its state is one for all tensors of an optimizer."""
-        return self.stateful and self.definition.measure is not None
+        return self.stateful and self.measures
+
+    @property
+    def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The key of its state that says whether to call the step off."""
+        return () if self.definition.skip is None else (self.definition.skip,)
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """What its state has under the key that was declared for it."""
+        key = self.definition.average
+        return [state[key]] if key in state else []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its formula says what it acts on, so that the ``param_ndim`` of a group is not for it."""
+        return self.definition.whole
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether it draws random numbers for the whole tensor, so that no ``broadcast`` is for it."""
+        return self.definition.seeded
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The function that was decorated."""
+        return [self.definition.function]
+
+    def after_skip(self, state: State) -> None:
+        """Call the rule that was registered with ``on_skip``."""
+        if state:  # or the parameter is not selected
+            self.definition.after_skip(state, **self.arguments)
 
     @property
     def state_name(self) -> str:
@@ -393,7 +474,7 @@ class BoundTransform(Each):
             return {}
         state = self.definition.init(*widen(tensor, group), **self._read(group))
         if not _is_state(state):
-            raise TypeError(f"{self!r}: init must return a dict of tensors, or of such dicts, got {state!r}")
+            raise TypeError(f"{self!r}: init must return a dict of tensors, got {state!r}")
         return state
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
@@ -408,13 +489,9 @@ class BoundTransform(Each):
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""
-        if self.definition.real_only and tensor.is_complex():
-            raise TypeError(
-                f"{self!r} acts on real tensors, got {tensor.dtype}; apply it to torch.view_as_real(tensor)"
-            )
         wide, wide_group = widen(tensor, group)
         function = self.definition.function
-        arguments = self.read(group, wide.real.dtype)
+        arguments = self._read_in(group, wide.dtype.to_real())
         new_state = state
 
         def call() -> Tensor:
@@ -430,39 +507,13 @@ class BoundTransform(Each):
 
         return _call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
 
-    def act_in_place(
-        self,
-        tensors: list[Tensor],
-        group: Group,
-        context: Mapping[str, Callable[[], list[Tensor]]],
-        states: Sequence[State],
-        arguments: Mapping[str, Any],
-    ) -> None:
-        """Overwrite ``tensors``, and their states, by the rule that does what the function does.
-
-        Args:
-            tensors: What to transform, real and of one dtype.
-            group: Their group, with what was measured, and with ``"dim"``.
-            context: What makes the lists of their context, if the rule asks for them.
-            states: Their states; none where they have none of their own.
-            arguments: What ``read`` returns.
-        """
-        assert self.definition.rule is not None
-        dtype = compute_dtype(tensors[0].dtype)
-        wide = tensors if dtype == tensors[0].dtype else [tensor.to(dtype) for tensor in tensors]
-        group = _OnDemand(group, context, dtype)
-        lists = [{key: [state[key] for state in states] for key in states[0]}] if states else []
-        self.definition.rule(wide, group, *lists, **arguments)
-        if wide is not tensors:
-            torch._foreach_copy_(tensors, wide)
-
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         overrides = self._overrides(group)
         self._require_needed(overrides)
         self.definition.validate({**self.arguments, **overrides}, self.prefix, self.own_keys)
 
-    def read(self, group: Group, dtype: torch.dtype) -> Mapping[str, Any]:
+    def _read_in(self, group: Group, dtype: torch.dtype) -> Mapping[str, Any]:
         """The arguments, with the hyperparameters in ``group``; tensors without dimensions in ``dtype``."""
         arguments = self._read(group)
         if not any(isinstance(value, Tensor) for value in arguments.values()):
@@ -544,10 +595,12 @@ class _Definition:
         self,
         function: Callable[..., Any],
         init: Callable[..., State] | None,
-        elementwise: bool,
         whole: bool,
-        real_only: bool,
+        seeded: bool,
         measure: Callable[..., Any] | None,
+        measures_shards: bool,
+        average: str | None,
+        skip: str | None,
     ) -> None:
         given = 2 if init is None or measure is not None else 3
         try:
@@ -572,19 +625,19 @@ class _Definition:
         parameters = parameters[given:]
         self.function = function
         self.init = init
-        self.elementwise = elementwise
         self.whole = whole
-        self.real_only = real_only
+        self.seeded = seeded
         self.measure = measure
+        self.measures_shards = measures_shards
+        self.average = average
+        self.skip = skip
         self.name = function.__name__
         self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
         self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.check: Callable[..., None] = lambda **arguments: None
-        self.rule: Callable[..., None] | None = None
+        self.after_skip: Callable[..., None] = lambda state, **arguments: None
         self.factory = self._make_factory()
         self._hints: dict[str, Any] | None = None
-        self.takes_tensors = False
-        """Whether an argument can be a tensor that fits the one to be transformed."""
 
     def _make_factory(self) -> TransformFactory[...]:
         @functools.wraps(self.function)
@@ -602,13 +655,13 @@ class _Definition:
             self.check = rule
             return rule
 
-        def register_rule(rule: Callable[..., None]) -> Callable[..., None]:
-            self.rule = rule
+        def register_after_skip(rule: Callable[..., None]) -> Callable[..., None]:
+            self.after_skip = rule
             return rule
 
         factory.__signature__ = self.signature  # type: ignore[attr-defined]
         factory.check = register_check  # type: ignore[attr-defined]
-        factory.in_place = register_rule  # type: ignore[attr-defined]
+        factory.on_skip = register_after_skip  # type: ignore[attr-defined]
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
 
@@ -616,7 +669,6 @@ class _Definition:
         """Do what has to wait for the first call, since annotations may name what is defined later."""
         if self._hints is None:
             self._hints = get_type_hints(self.function, include_extras=True)
-            self.takes_tensors = any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
 
     def validate(
         self, arguments: Mapping[str, Any], prefix: str, keys: Mapping[str, str], *, read_tensors: bool = True
@@ -652,10 +704,35 @@ class Combinator(Stage):
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
         self.shares_state = any(stage.shares_state for stage in self.stages)
+        self.measures = any(stage.measures for stage in self.stages)
+        self.acts_on_each = not self.measures
         self.keys = _state_keys(self.stages)
         """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
 
     name = "a combinator"
+
+    @property
+    def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of its members."""
+        return tuple(self.path(i) + key for i in self.keys for key in self.stages[i].skip_keys)
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """Those of its members."""
+        members = [(self.stages[index], below(state, self.path(index))) for index in self.keys]
+        return [average for stage, own in members for average in stage.averages(own, param)]
+
+    def path(self, index: int) -> str:
+        """How the keys of the state of a member begin."""
+        return f"{self.keys.get(index, f'#{index}')}."
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """Those of its members."""
+        return [function for stage in self.stages for function in stage.functions()]
+
+    def after_skip(self, state: State) -> None:
+        """Ask the members."""
+        for index in self.keys:
+            self.stages[index].after_skip(below(state, self.path(index)))
 
     @property
     def state_name(self) -> str:
@@ -709,7 +786,17 @@ def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     dtype = compute_dtype(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor, group
-    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
+    return tensor.to(dtype), group | {key: group[key].to(dtype) for key in CONTEXT if key in group}
+
+
+def below(state: State, path: str) -> State:
+    """The part of a state whose keys begin with ``path``, without it."""
+    return {key[len(path) :]: value for key, value in state.items() if key.startswith(path)}
+
+
+def beneath(state: State, path: str) -> State:
+    """``state`` as a part of another one, whose keys begin with ``path``."""
+    return {path + key: value for key, value in state.items()}
 
 
 def as_stage(transform: Transform) -> Stage:
@@ -822,6 +909,12 @@ def _call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, gro
     inputs = look_at(tensor, group)
     try:
         result = call()
+    except (NotImplementedError, RuntimeError) as error:
+        if not tensor.is_complex():
+            raise
+        raise TypeError(
+            f"{show(owner)} acts on real tensors, got {tensor.dtype}; apply it to torch.view_as_real(tensor)"
+        ) from error
     except KeyError as error:
         key = error.args[0] if error.args else None
         if not isinstance(key, str) or key in group:
@@ -861,24 +954,8 @@ def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) 
             )
 
 
-class _OnDemand(dict[str, Any]):
-    """A group with the context, which is made when a rule asks for it."""
-
-    def __init__(self, group: Group, context: Mapping[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
-        super().__init__(group)
-        self._context = context
-        self._dtype = dtype
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._context or super().__contains__(key)
-
-    def __missing__(self, key: str) -> list[Tensor]:
-        value: list[Tensor] = self.setdefault(key, [value.to(self._dtype) for value in self._context[key]()])
-        return value
-
-
 def _is_state(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, Tensor) or _is_state(v) for v in value.values())
+    return isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _version(tensor: Tensor) -> int:

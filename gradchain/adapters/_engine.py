@@ -23,13 +23,12 @@ from gradchain.adapters._construction import (
     prefixes,
     warn_of_unread,
 )
-from gradchain.adapters._plan import Item, Plan, SkippedStep, Work, needs_dense
-from gradchain.adapters._states import Member, Roster, Tensors, TransformStates
+from gradchain.adapters._states import SLOTS, Member, Roster, Tensors, TransformStates
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
+from gradchain.engine.operations import Item, Pass, SkippedStep
+from gradchain.engine.plan import Plan, needs_dense
 from gradchain.transform import Group, locate
-
-SLOTS = ("pre", "update", "post")
 
 T = TypeVar("T")
 
@@ -88,8 +87,11 @@ class Weak(Generic[T]):
 class Engine:
     """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
 
-    def __init__(self, owner: Owner, states: TransformStates, numbered: Numbered | None = None) -> None:
+    def __init__(
+        self, owner: Owner, states: TransformStates, numbered: Numbered | None = None, *, fused: bool = True
+    ) -> None:
         self._owner = Weak(owner)
+        self.fused = fused
         self.states = states
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
@@ -214,7 +216,7 @@ class Engine:
         members, states = self.roster.members, self.follow()
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)
-            begun = [m for m in members if set() < states.of(slot, m).keys() < set(stage.keys.values())]
+            begun = [m for m in members if any(key.startswith(f"{slot}.") for key in states.of(m))]
             states.start(slot, stage, begun)
         states.add_to(state_dict, members)
 
@@ -237,25 +239,18 @@ class Engine:
             for index, group in enumerate(roster.groups):
                 check_support(index, group)  # which can have changed since construction
             known = Plans(chains, roster, tensors)
-            for slot, members in zip(SLOTS, chains, strict=True):
-                if members:
-                    try:
-                        known.of[slot] = self._make_plan(slot, known, tensors)
-                    except Exception as error:
-                        say_where(error, slot, roster)
-                        raise
+            known.of = {
+                slot: self._make_plan(slot, roster, tensors)
+                for slot, members in zip(SLOTS, chains, strict=True)
+                if members
+            }
             known.finish()
             self._plans = known if known.can_be_kept else None
-        for slot, plan in known.of.items():
-            try:
-                plan.prepare()
-            except Exception as error:
-                say_where(error, slot, roster)
-                raise
+        for plan in known.of.values():
+            plan.prepare()
         return known
 
-    def _make_plan(self, slot: str, plans: Plans, tensors: Tensors) -> Plan:
-        roster = plans.roster
+    def _make_plan(self, slot: str, roster: Roster, tensors: Tensors) -> Plan:
         stage = self.stage(slot)
         takes_part = [slot == "post" or grad is not None for grad in tensors.grads]
         # Where a state is one for all parameters, those without a gradient keep up.
@@ -263,22 +258,23 @@ class Engine:
         self.states.start(slot, stage, stateful)
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
-        for member, grad in zip(roster.members, tensors.grads, strict=True):
-            has_grad = grad is not None and grad.layout is torch.strided
+        for member, grad, takes in zip(roster.members, tensors.grads, takes_part, strict=True):
+            param = member.param.detach()
+            given = (
+                {"param": param} if grad is None or grad.layout is not torch.strided else {"param": param, "grad": grad}
+            )
             items.append(
                 Item(
-                    form=grad if slot == "pre" and grad is not None else member.param.detach(),
+                    form=grad if slot == "pre" and grad is not None else param,
                     group=member.group,
                     identity=member.identity(slot),
-                    context=tuple(key for key in context if key != "grad" or has_grad),
-                    state=self.states.of(slot, member),
-                    takes_part=slot == "post" or grad is not None,
-                    is_contiguous=member.param.is_contiguous() and (grad is None or grad.is_contiguous()),
-                    is_new=member.param in self.states.new,
-                    watched=plans.watched,
+                    context={key: given[key] for key in context if key in given},
+                    states=self.states.of(member),
+                    takes_part=takes,
+                    place=member.place(),
                 )
             )
-        plan = Plan(stage, items)
+        plan = Plan(slot, stage, items, fused=self.fused)
         if plan.skips and slot != "pre":
             raise ValueError(f"{getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
         return plan
@@ -293,8 +289,6 @@ class Plans:
         self.form = tensors.form
         self.of: dict[str, Plan] = {}
         self.has_lazy_grads = any(map(_is_lazy, tensors.grads))
-        self.watched = {"param_ndim", "param_names", "differentiable"}
-        """The keys of the groups that they depend on."""
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
         self.can_be_kept = not torch.compiler.is_compiling() and all(
             grad is None or grad.shape == param.shape for param, grad in zip(roster.params, tensors.grads, strict=True)
@@ -307,17 +301,17 @@ class Plans:
             and self.roster is roster
             and self.form == tensors.form
             and all(map(_is_unchanged, self.seen, self.look()))
+            and all(plan.holds() for plan in self.of.values())
         )
 
     def finish(self) -> None:
         """Sum up, when all are there."""
-        self.is_trusted = all(plan.is_trusted for plan in self.of.values())
+        self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
         self.seen = self.look()
 
     def look(self) -> list[Any]:
-        """The values in the groups that say which tensor is to be treated how."""
-        values = [group.get(key) for group in self.roster.groups for key in self.watched]
-        return values + [value._version for value in values if isinstance(value, Tensor)]
+        """The values in the groups that all plans depend on."""
+        return [group.get(key) for group in self.roster.groups for key in ("param_names", "differentiable")]
 
 
 def _is_unchanged(old: Any, new: Any) -> bool:
@@ -332,12 +326,12 @@ class Step:
         self.owner = engine.owner
         engine.follow()
         self.roster = engine.roster
-        self.works: list[Work] = []
+        self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
         self.inner_state: Any = None
-        self.is_trusted = not with_closure and self.look().is_trusted and not self.owner._hooked_slots
+        self.cannot_raise = not with_closure and self.look().cannot_raise and not self.owner._hooked_slots
         self.before: list[Tensor] = []
-        if self.owner.update or (not self.is_trusted and self._can_fail_late(with_closure)):
+        if self.owner.update or (not self.cannot_raise and self._can_fail_late(with_closure)):
             self.before = [param.detach().clone() for param in self.roster.params]
 
     def look(self) -> Plans:
@@ -367,7 +361,7 @@ class Step:
             assert self.plans is not None
             plan = self.plans.get("pre")
             # What is wrong with a function mostly shows in the first step.
-            is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.is_trusted or plan.has_run)
+            is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.cannot_raise or plan.has_run)
             saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads if grad is not None]
             try:
                 self._run("pre", self.grads, {"param": self.roster.params})
@@ -387,7 +381,7 @@ class Step:
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self.works.clear()  # each evaluation starts from the states before the step, which advance once a step
+            self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
             self.look()
             try:
                 self.transform_grads()
@@ -426,8 +420,8 @@ class Step:
 
     def commit(self) -> None:
         """Keep the new states."""
-        for work in self.works:
-            work.commit()
+        for each in self.passes:
+            each.commit()
         self.engine.states.new.clear()
         self.engine.states.show_in(self.owner.inner_opt)
 
@@ -443,19 +437,14 @@ class Step:
         if self.inner_state is not None:
             self.owner.inner_opt.state.clear()  # in place: others may hold it
             self.owner.inner_opt.state.update(self.inner_state)
-        skipped.count()
+        skipped.keep_counters()
         return skipped.loss
 
     def _run(self, slot: str, tensors: list[Any], context: dict[str, list[Any]]) -> None:
         plan = self.plans.get(slot) if self.plans else None
         if plan is None:
             return
-        self.works.append(Work(tensors, context, keeps_states=not self.is_trusted))
-        try:
-            plan.run(self.works[-1])
-        except Exception as error:
-            say_where(error, slot, self.roster)
-            raise
+        self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise))
 
     def _run_hooks(self, slot: str) -> None:
         for member in self.roster.members if slot in self.owner._hooked_slots else ():
@@ -469,14 +458,6 @@ class Step:
     def _can_fail_late(self, with_closure: bool) -> bool:
         """Whether parameters can have moved when a transform or a hook raises."""
         return bool(self.owner._hooked_slots or self.owner.post or (with_closure and self.owner.pre))
-
-
-def say_where(error: Exception, slot: str, roster: Roster) -> None:
-    """Say in the message of ``error`` in which slot it happened, and for which parameter, if that is known."""
-    # Not raised in here: the traceback would hold the frame, and this its own ``error``, with all tensors of the step.
-    failed = getattr(error, "failed_item", None)
-    if not isinstance(error, SkippedStep):
-        locate(error, slot if failed is None else f"{slot}, {roster.members[failed].place()}")
 
 
 def _is_lazy(grad: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeAlias
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain.adapters._construction import describe
-from gradchain.adapters._plan import map_state, own
 from gradchain.chain import Chain
-from gradchain.masked import Masked
-from gradchain.transform import Combinator, Group, Stage, State, locate, show
+from gradchain.engine.operations import own
+from gradchain.transform import Group, Stage, State, below, beneath, locate, show
 
 ByParam: TypeAlias = dict[Tensor, State]
 
+SLOTS = ("pre", "update", "post")
+
 KEY = "transforms"
-"""Where, in the state of a parameter, the states of the transforms are, by slot."""
+"""Where, in the state of a parameter, the states of the transforms are. Their keys begin with the slot."""
 
 
 class Member(NamedTuple):
@@ -115,7 +116,7 @@ class TransformStates:
 
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
-        return TransformStates({param: map_state(state, Tensor.clone) for param, state in self.by_param.items()})
+        return TransformStates({param: _map(state, Tensor.clone) for param, state in self.by_param.items()})
 
     def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
         """Make the first states of those that have none, or none of stages that the chain has got since.
@@ -125,22 +126,21 @@ class TransformStates:
         """
         if not stage.stateful:
             return
-        needed = set(stage.keys.values())
         for member in members:
             param, states = member.param, self.by_param.setdefault(member.param, {})
-            known = states.get(slot, {})
-            form = param.shape, param.dtype, member.group.get("param_ndim")
-            if needed <= known.keys() and self._fitted.get((param, slot)) == form:
+            form = param.shape, param.dtype, member.group.get("param_ndim"), stage
+            if self._fitted.get((param, slot)) == form:
                 continue
             first = own(first_state(slot, stage, member), param.detach())
+            known = {key: value for key, value in states.items() if key in first}
             if not known:
                 self.new[param] = None
-            elif _shapes({**first, **known}) != _shapes({**known, **first}):
+            if any(value.shape != first[key].shape for key, value in known.items()):
                 raise ValueError(
                     f"{slot}, {member.place()}: the state of {show(stage)} is for a parameter of another shape; change "
                     f'the tensors in state[param]["{KEY}"] too, or del state[param]["{KEY}"] to start anew'
                 )
-            states[slot] = {**first, **_cast(known, first)}
+            states |= {key: known[key].to(value.dtype) if key in known else value for key, value in first.items()}
             self._fitted[param, slot] = form
 
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
@@ -175,13 +175,16 @@ class TransformStates:
                 self._shown[param] = None
 
     def _drop(self, param: Tensor) -> None:
-        for slot in self.by_param.pop(param, {}):
-            self._fitted.pop((param, slot), None)
+        self.by_param.pop(param, None)
+        self._forget_form(param)
         self._shown.pop(param, None)
 
     def _take(self, param: Tensor, state: State) -> None:
         self.by_param[param] = state
-        for slot in state:
+        self._forget_form(param)
+
+    def _forget_form(self, param: Tensor) -> None:
+        for slot in SLOTS:
             self._fitted.pop((param, slot), None)
 
     def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
@@ -214,10 +217,13 @@ class TransformStates:
     @contextmanager
     def averaged(self, post: Chain) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
-        found = {param: _averages(post, states.get("post", {}), param) for param, states in self.by_param.items()}
-        if any(len(averages) > 1 for averages in found.values()):
-            raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
-        averages = {param: each[0] for param, each in found.items() if each}
+        averages = {}
+        for param, states in self.by_param.items():
+            found = post.averages(below(states, "post."), param.detach())
+            if len(found) > 1:
+                raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
+            if found:
+                averages[param] = found[0]
         current = {param: param.detach().clone() for param in averages}
         try:
             _write(averages)
@@ -225,23 +231,23 @@ class TransformStates:
         finally:
             _write(current)
 
-    def of(self, slot: str, member: Member) -> State:
-        """The state of a slot; empty for one without any."""
-        state: State = self.by_param.get(member.param, {}).get(slot, {})
-        return state
+    def of(self, member: Member) -> State:
+        """The states of a parameter; empty for one without any."""
+        return self.by_param.get(member.param, {})
 
     def require_fit(self, stages: Mapping[str, Stage], members: Iterable[Member]) -> None:
         """Raise where a state is not one of the transforms in ``stages``, by slot."""
         for member in members:
             states = self.by_param.get(member.param, {})
-            if not isinstance(states, dict) or not states.keys() <= stages.keys():
+            slots = {str(key).partition(".")[0] for key in states} if isinstance(states, dict) else set()
+            if not isinstance(states, dict) or not slots <= stages.keys():
                 raise ValueError(
-                    f"{member.place()}: the loaded states must be a dict with the slots {list(stages)}, "
-                    f"got {list(states) if isinstance(states, dict) else states!r}"
+                    f"{member.place()}: the loaded states must be a dict with keys that begin with the slots "
+                    f"{list(stages)}, got {list(states) if isinstance(states, dict) else states!r}"
                 )
-            for slot, state in states.items():
+            for slot in sorted(slots):
                 try:
-                    _require_like(state, first_state(slot, stages[slot], member))
+                    _require_like(below(states, f"{slot}."), below(first_state(slot, stages[slot], member), f"{slot}."))
                 except ValueError as error:
                     locate(error, f"{slot}, {member.place()}: the loaded state is not one of {show(stages[slot])}")
                     raise
@@ -261,22 +267,23 @@ class TransformStates:
     def keep_fitting(self, slot: str, stage: Chain, members: Iterable[Member]) -> tuple[set[str], set[str]]:
         """Keep those states of a slot that the chain has a transform for, in the dtypes that it gives them.
 
-        Returns the keys of states that are dropped, and of those that have lost digits in another dtype.
+        Returns the names of transforms whose states are dropped, and of those that have lost digits in another dtype.
         """
         dropped, rounded = set(), set()
         for member in members:
             states = self.by_param.get(member.param, {})
-            if slot not in states:
-                continue
-            first, known = first_state(slot, stage, member), states[slot]
-            states[slot] = {key: _cast(state, first[key]) for key, state in known.items() if key in first}
-            misfits = {key for key, state in states[slot].items() if not _is_like(state, first[key])}
-            rounded |= {key for key in states[slot].keys() - misfits if _is_rounded(known[key], first[key])}
-            for key in misfits:
-                del states[slot][key]
-            dropped |= known.keys() - states[slot].keys()
-            if not states[slot]:
-                del states[slot]
+            known = {key: value for key, value in states.items() if key.startswith(f"{slot}.")}
+            first = first_state(slot, stage, member) if known else {}
+            for path in {key.rpartition(".")[0] for key in known}:
+                mine, wanted = below(known, f"{path}."), below(first, f"{path}.")
+                if mine.keys() != wanted.keys() or any(mine[key].shape != wanted[key].shape for key in wanted):
+                    dropped.add(path)
+                    for key in mine:
+                        del states[f"{path}.{key}"]
+                    continue
+                if any(_is_rounded(mine[key], wanted[key]) for key in wanted):
+                    rounded.add(path)
+                states |= beneath({key: value.to(wanted[key].dtype) for key, value in mine.items()}, f"{path}.")
         return dropped, rounded
 
     def copy_beside(self, inner_state: Any) -> Any:
@@ -286,9 +293,9 @@ class TransformStates:
 
 
 def first_state(slot: str, stage: Stage, member: Member) -> State:
-    """The state of a parameter before its first step."""
+    """The states of a slot of a parameter before its first step."""
     param = member.param.detach()
-    return stage.init(param, {**member.group, **member.identity(slot), "param": param})
+    return beneath(stage.init(param, {**member.group, **member.identity(slot), "param": param}), f"{slot}.")
 
 
 def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> list[tuple[Any, Tensor]]:
@@ -303,51 +310,25 @@ def _write(values: Mapping[Tensor, Tensor]) -> None:
         param.copy_(value)
 
 
-@torch.no_grad()
-def _averages(stage: Stage, state: State, param: Tensor) -> list[Tensor]:
-    """The averages of ``param`` that ``stage`` keeps, with the values of ``param`` where a mask selects nothing."""
-    if isinstance(stage, Masked):
-        averages = _averages(stage.stages[0], state, param)
-        return [stage.mix(average, param) for average in averages]
-    if isinstance(stage, Combinator):
-        state = {**state, **state.get("inner", {})}  # where with_error_feedback has that of its transform
-        below = [(stage.stages[index], state[key]) for index, key in stage.keys.items() if key in state]
-        return [average for member, of_it in below for average in _averages(member, of_it, param)]
-    return [state["average"]] if "average" in state else []
-
-
-def _require_like(state: Any, expected: State, *path: str) -> None:
+def _require_like(state: State, expected: State) -> None:
     """Raise where ``state`` does not have the keys of ``expected``, which name transforms too, or such tensors."""
-    place = ": ".join([*path, ""])
-    if not isinstance(state, dict) or state.keys() != expected.keys():
+    if state.keys() != expected.keys():
         raise ValueError(
-            f"{place}it needs a dict with the keys {sorted(expected)}, "
-            f"got {sorted(map(str, state)) if isinstance(state, dict) else repr(state)}; "
-            "load it into an optimizer with the chain that it was saved from"
+            f"it needs the keys {sorted(expected)}, got {sorted(state)}; load it into an optimizer with the chain that "
+            "it was saved from"
         )
     for key, first in expected.items():
-        value = state[key]
-        if isinstance(first, dict):
-            _require_like(value, first, *path, key)
+        value: Any = state[key]
         # A state that is one for all parameters has the dtype of the first.
-        elif not isinstance(value, Tensor) or _kind(value) != _kind(first):
+        if not isinstance(value, Tensor) or _kind(value) != _kind(first):
             got = f"one of shape {_kind(value)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{place}{key!r} must be a tensor of shape {_kind(first)}, got {got}")
+            raise ValueError(f"{key!r} must be a tensor of shape {_kind(first)}, got {got}")
 
 
-def _is_like(state: Any, expected: State) -> bool:
-    try:
-        _require_like(state, expected)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_rounded(state: Any, expected: Any) -> bool:
-    if isinstance(expected, dict):
-        return any(_is_rounded(state[key], value) for key, value in expected.items())
+def _is_rounded(value: Tensor, expected: Tensor) -> bool:
+    """Whether ``value``, in a dtype with fewer digits, can have lost some."""
     exact = expected.dtype if expected.is_floating_point() else torch.float32  # whole numbers up to 2**24
-    return bool(state.is_floating_point() and torch.finfo(state.dtype).eps > torch.finfo(exact).eps)
+    return value.is_floating_point() and torch.finfo(value.dtype).eps > torch.finfo(exact).eps
 
 
 def _kind(tensor: Tensor) -> str:
@@ -355,18 +336,13 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}, {kind}"
 
 
-def _shapes(state: State) -> Any:
-    return map_state(state, lambda value: tuple(value.shape))
-
-
-def _cast(state: Any, like: Any) -> Any:
-    """``state``, with each tensor in the dtype that it has in ``like``; itself where it has them already."""
-    if not (isinstance(state, dict) and isinstance(like, dict)):
-        return state.to(like.dtype) if isinstance(state, Tensor) and isinstance(like, Tensor) else state
-    cast = {key: _cast(value, like[key]) if key in like else value for key, value in state.items()}
-    return state if all(cast[key] is value for key, value in state.items()) else cast
+def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
+    """``state`` with ``function(tensor)`` for each of its tensors; what is no dict, as a damaged file has it, as it is."""
+    if not isinstance(state, dict):
+        return state
+    return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _copy_to(state: Any, device: torch.device) -> Any:
     """A copy of ``state`` on ``device``, each tensor with its dtype."""
-    return map_state(state, lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value)
+    return _map(state, lambda value: value.to(device, copy=True))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gradchain.adapters._construction import complete_groups
-from gradchain.adapters._engine import Engine, Step, is_rehearsal, say_where
-from gradchain.adapters._plan import SkippedStep, Work
+from gradchain.adapters._engine import Engine, Step, is_rehearsal
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
+from gradchain.engine.operations import Pass, SkippedStep
 from gradchain.explain import Explanation, Record, forked_rng
 from gradchain.transform import Group, locate, show
 
@@ -33,7 +33,7 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
                 param.grad = None if grad is None else grad.detach().clone()
             complete_groups(owner.param_groups, defaults)
             if not is_rehearsal(owner.param_groups):
-                _TrialStep(Engine(owner, states.copy()), record).make()
+                _TrialStep(Engine(owner, states.copy(), fused=False), record).make()
         except SkippedStep:
             pass
         finally:
@@ -73,16 +73,13 @@ class _TrialStep(Step):
         if not shown:
             return
         identities = [self.roster.members[i].identity(slot) for i in shown]
-        work = Work(tensors, context, keeps_states=False)
+        work = Pass(tensors, context, keeps_states=False)
         self.record.start(INPUTS[slot], list(shown.values()), identities)
         for index, member in enumerate(chain):
             try:
-                plan.run_stage(index, work)
+                plan.run_stage(chain.place(index), work)
             except SkippedStep:
                 self.record.note(show(member), [torch.zeros_like(tensor) for tensor in shown.values()])
-                raise
-            except Exception as error:
-                say_where(error, slot, self.roster)
                 raise
             self.record.note(show(member), list(shown.values()))
 

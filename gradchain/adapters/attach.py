@@ -26,13 +26,13 @@ from gradchain.adapters._construction import (
     require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
-from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import KEY, Member, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
+from gradchain.engine.operations import SkippedStep
 from gradchain.explain import Explanation
-from gradchain.transform import Group, State, Transform, is_same
+from gradchain.transform import Group, Transform, below, beneath, is_same
 
 UNSCALES = "_step_supports_amp_scaling"
 """The attribute by which a ``GradScaler`` knows that a step unscales gradients."""
@@ -279,16 +279,16 @@ class _Hooks:
             return
         index = self.attached.index(attached)
         before, after = self.attached[:index], self.attached[index + 1 :]
-        kept: dict[str, dict[str, str]] = {}
+        paths: dict[str, str] = {}
         del self._numbered[index]
         for slot in SLOTS:
             start = sum(len(getattr(each, slot)) for each in before)
             gap = range(start, start + len(getattr(attached, slot)))
             old = [key for i, key in getattr(self, slot).keys.items() if i not in gap]
             new = chain(*(each[slot] for each in self._numbered))
-            kept[slot] = dict(zip(old, new.keys.values(), strict=True))
+            paths |= {f"{slot}.{a}.": f"{slot}.{b}." for a, b in zip(old, new.keys.values(), strict=True)}
             setattr(self, slot, new)
-        self._replace_states(lambda slot, state: {new: state[old] for old, new in kept[slot].items() if old in state})
+        self._rename_states(paths)
         self.attached = before + after
         self.defaults = {key: value for each in self.attached for key, value in each.defaults.items()}
         for key in attached.defaults.keys() - self.defaults.keys():
@@ -299,11 +299,12 @@ class _Hooks:
         if not self.attached:
             self._unregister()
 
-    def _replace_states(self, change: Callable[[str, State], State]) -> None:
+    def _rename_states(self, paths: Mapping[str, str]) -> None:
+        """Keep the states whose keys begin with one of ``paths``, under the new one."""
         state, by_param = self.inner_opt.state, {}
         for param, states in self.engine.follow().by_param.items():
-            changed = {slot: change(slot, each) for slot, each in states.items()}
-            by_param[param] = {slot: each for slot, each in changed.items() if each}
+            kept = [beneath(below(states, old), new) for old, new in paths.items()]
+            by_param[param] = {key: value for each in kept for key, value in each.items()}
         shown = self._shown()
         for param in shown:
             del state[param][KEY]

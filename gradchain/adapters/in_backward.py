@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gradchain.adapters._engine import SLOTS, Engine, Step
 from gradchain.adapters._states import Member, Roster, TransformStates
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
-from gradchain.broadcast import Broadcast
-from gradchain.transform import BoundTransform, Combinator, Group, Stage, is_same
+from gradchain.transform import Combinator, Group, Stage, is_same
 
 
 def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
@@ -206,8 +205,7 @@ def _require_local(stage: Stage, place: str) -> None:
     """Raise where a transform needs a view over all tensors."""
     for inner_place, member in stage.places() if isinstance(stage, Combinator) else ():
         _require_local(member, f"{place}: {inner_place}")
-    bound = stage.transform if isinstance(stage, Broadcast) else stage
-    if isinstance(bound, BoundTransform) and bound.definition.measure is not None:
+    if stage.measures:
         raise ValueError(
             f"{place}: it measures all tensors, of which a backward pass has one at a time; take one that acts on each "
             "tensor, such as clip_by_norm for clip_by_global_norm, or call optimizer.step() after the backward pass"

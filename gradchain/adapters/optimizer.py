@@ -25,11 +25,11 @@ from gradchain.adapters._construction import (
     require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
-from gradchain.adapters._plan import SkippedStep
 from gradchain.adapters._states import Member, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
+from gradchain.engine.operations import SkippedStep
 from gradchain.explain import Explanation
 from gradchain.transform import Group, Transform, is_same, show
 

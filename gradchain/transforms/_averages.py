@@ -22,12 +22,3 @@ def move_average(state: State, tensor: Tensor, decay: float | Tensor, debias: bo
         return {"average": torch.lerp(average, tensor, 1 - decay)}
     weight = torch.lerp(state["weight"], torch.ones_like(state["weight"]), 1 - decay)
     return {"average": torch.lerp(average, tensor, (1 - decay) / weight), "weight": weight}
-
-
-def move_averages_(state: dict[str, list[Tensor]], tensors: list[Tensor], decay: float | Tensor, debias: bool) -> None:
-    """``move_average`` in place, for a list."""
-    weights = state["weight"] if debias else [None] * len(tensors)
-    for average, weight, tensor in zip(state["average"], weights, tensors, strict=True):
-        if weight is not None:
-            weight.lerp_(torch.ones_like(weight), 1 - decay)
-        average.lerp_(tensor, 1 - decay if weight is None else (1 - decay) / weight)

@@ -11,14 +11,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from gradchain.transform import Group, State, transform
-from gradchain.transforms._averages import move_average, move_averages_, start_average
+from gradchain.transforms._averages import move_average, start_average
 
 
 def _at_parameter(tensor: Tensor, group: Group, *, debias: bool, **_: Any) -> State:
     return start_average(tensor.clone(), debias)
 
 
-@transform(init=_at_parameter, elementwise=True)
+@transform(init=_at_parameter, whole=True, average="average")
 def param_ema(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Lt(1)], *, debias: bool = True
 ) -> tuple[Tensor, State]:
@@ -57,18 +57,11 @@ def param_ema(
     return tensor, move_average(state, tensor, decay, debias)
 
 
-@param_ema.in_place
-def _param_ema(
-    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], decay: float, *, debias: bool
-) -> None:
-    move_averages_(state, tensors, decay, debias)
-
-
 def _at_slow(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"average": tensor.clone(), "count": tensor.new_zeros((), dtype=torch.int64)}
 
 
-@transform(init=_at_slow, elementwise=True)
+@transform(init=_at_slow, whole=True, average="average")
 def lookahead(
     tensor: Tensor,
     group: Group,
@@ -106,13 +99,3 @@ def lookahead(
     meets = count >= k
     slow = torch.where(meets, torch.lerp(state["average"], tensor, alpha), state["average"])
     return torch.where(meets, slow, tensor), {"average": slow, "count": torch.where(meets, 0, count)}
-
-
-@lookahead.in_place
-def _lookahead(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], k: int, alpha: float) -> None:
-    for tensor, slow, count in zip(tensors, state["average"], state["count"], strict=True):
-        count.add_(1)
-        meets = count >= k
-        slow.lerp_(tensor, meets.to(slow.dtype) * alpha)
-        tensor.copy_(torch.where(meets, slow, tensor))
-        count.mul_(~meets)

@@ -3,12 +3,12 @@
 import math
 from typing import Annotated
 
-import torch
 from annotated_types import Gt
 from torch import Tensor
 
+from gradchain._norms import norm
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import combine, norm, norms, rms, shorten, shorten_, shrinkage
+from gradchain.transforms._numerics import shorten
 
 
 @transform
@@ -40,11 +40,6 @@ def clip_by_norm(
     return shorten(tensor, norm(tensor, ord), max_norm)
 
 
-@clip_by_norm.in_place
-def _clip_by_norm(tensors: list[Tensor], group: Group, max_norm: float, *, ord: float) -> None:
-    shorten_(tensors, norms(tensors, group["dim"], ord), max_norm)
-
-
 @transform
 def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]) -> Tensor:
     r"""Scale down so that the root mean square is at most ``threshold``.
@@ -68,11 +63,6 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
         Shazeer and Stern, Adafactor, https://arxiv.org/abs/1804.04235, 2018; optax ``clip_by_block_rms``.
     """
     return shorten(tensor, norm(tensor) / math.sqrt(tensor.numel()), threshold)
-
-
-@clip_by_rms.in_place
-def _clip_by_rms(tensors: list[Tensor], group: Group, threshold: float) -> None:
-    shorten_(tensors, rms(tensors, group["dim"]), threshold)
 
 
 @transform
@@ -103,10 +93,3 @@ def clip_adaptive(
     """
     max_norm = clipping * norm(group["param"]).clamp_min(eps)
     return shorten(tensor, norm(tensor), max_norm)
-
-
-@clip_adaptive.in_place
-def _clip_adaptive(tensors: list[Tensor], group: Group, clipping: float, eps: float) -> None:
-    dim = group["dim"]
-    lengths = norms(tensors, dim), norms(group["param"], dim)
-    torch._foreach_mul_(tensors, combine(lambda t, p: shrinkage(t, clipping * p.clamp_min(eps)), *lengths))

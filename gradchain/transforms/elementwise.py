@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import as_operand, clamp_
 
 
-@transform(elementwise=True)
+@transform(whole=True)
 def sign(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace each element by its sign.
 
@@ -25,12 +24,7 @@ def sign(tensor: Tensor, group: Group) -> Tensor:
     return torch.sgn(tensor)
 
 
-@sign.in_place
-def _sign(tensors: list[Tensor], group: Group) -> None:
-    torch._foreach_sign_(tensors)
-
-
-@transform(elementwise=True)
+@transform(whole=True)
 def scale(tensor: Tensor, group: Group, factor: float) -> Tensor:
     r"""Multiply by ``factor``.
 
@@ -51,12 +45,7 @@ def scale(tensor: Tensor, group: Group, factor: float) -> Tensor:
     return tensor * factor
 
 
-@scale.in_place
-def _scale(tensors: list[Tensor], group: Group, factor: float) -> None:
-    torch._foreach_mul_(tensors, as_operand(factor, tensors))
-
-
-@transform(elementwise=True)
+@transform(whole=True)
 def add(tensor: Tensor, group: Group, bias: float) -> Tensor:
     r"""Add ``bias`` to each element.
 
@@ -74,12 +63,7 @@ def add(tensor: Tensor, group: Group, bias: float) -> Tensor:
     return tensor + bias
 
 
-@add.in_place
-def _add(tensors: list[Tensor], group: Group, bias: float) -> None:
-    torch._foreach_add_(tensors, as_operand(bias, tensors))
-
-
-@transform(elementwise=True, real_only=True)
+@transform(whole=True)
 def clamp(tensor: Tensor, group: Group, min: float | None = None, max: float | None = None) -> Tensor:
     r"""Move each element into [``min``, ``max``].
 
@@ -113,12 +97,7 @@ def _bounds(min: float | None, max: float | None) -> None:
         raise ValueError(f"needs min <= max, got min={min!r} and max={max!r}")
 
 
-@clamp.in_place
-def _clamp(tensors: list[Tensor], group: Group, min: float | None, max: float | None) -> None:
-    clamp_(tensors, min, max)
-
-
-@transform(elementwise=True)
+@transform(whole=True)
 def zero_nonfinite(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace NaN and infinite elements by zero.
 
@@ -134,9 +113,3 @@ def zero_nonfinite(tensor: Tensor, group: Group) -> Tensor:
         optax ``zero_nans``, which keeps infinities.
     """
     return torch.where(tensor.isfinite(), tensor, 0)
-
-
-@zero_nonfinite.in_place
-def _zero_nonfinite(tensors: list[Tensor], group: Group) -> None:
-    for tensor in tensors:
-        tensor.nan_to_num_(0.0, 0.0, 0.0)

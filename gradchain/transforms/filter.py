@@ -14,20 +14,22 @@ from gradchain.transform import (
     Group,
     State,
     Transform,
+    below,
+    beneath,
     locate,
     require_transform,
     show,
     transform,
     widen,
 )
-from gradchain.transforms._averages import move_average, move_averages_, start_average
+from gradchain.transforms._averages import move_average, start_average
 
 
 def _no_average(tensor: Tensor, group: Group, *, debias: bool, **_: Any) -> State:
     return start_average(torch.zeros_like(tensor), debias)
 
 
-@transform(init=_no_average, elementwise=True)
+@transform(init=_no_average, whole=True)
 def ema(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Lt(1)], *, debias: bool = True
 ) -> tuple[Tensor, State]:
@@ -61,17 +63,11 @@ def ema(
     return new_state["average"], new_state
 
 
-@ema.in_place
-def _ema(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], decay: float, *, debias: bool) -> None:
-    move_averages_(state, tensors, decay, debias)
-    torch._foreach_copy_(tensors, state["average"])
-
-
 def _no_trace(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"trace": torch.zeros_like(tensor)}
 
 
-@transform(init=_no_trace, elementwise=True)
+@transform(init=_no_trace, whole=True)
 def trace(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Le(1)], *, nesterov: bool = False
 ) -> tuple[Tensor, State]:
@@ -105,18 +101,6 @@ def trace(
     return tensor + decay * new_trace if nesterov else new_trace, {"trace": new_trace}
 
 
-@trace.in_place
-def _trace(
-    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], decay: float, *, nesterov: bool
-) -> None:
-    torch._foreach_mul_(state["trace"], decay)
-    torch._foreach_add_(state["trace"], tensors)
-    if nesterov:
-        torch._foreach_add_(tensors, torch._foreach_mul(state["trace"], decay))
-    else:
-        torch._foreach_copy_(tensors, state["trace"])
-
-
 def _nothing_before(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"previous": torch.zeros_like(tensor), "started": tensor.new_zeros((), dtype=torch.bool)}
 
@@ -126,7 +110,7 @@ def _previous(state: State, tensor: Tensor) -> Tensor:
     return torch.where(state["started"], state["previous"], tensor)
 
 
-@transform(init=_nothing_before, elementwise=True)
+@transform(init=_nothing_before, whole=True)
 def amplify_slow(
     tensor: Tensor,
     group: Group,
@@ -162,17 +146,7 @@ def amplify_slow(
     return tensor + alpha * average, {"previous": average, "started": torch.ones_like(state["started"])}
 
 
-@amplify_slow.in_place
-def _amplify_slow(
-    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], alpha: float, decay: float
-) -> None:
-    for tensor, previous, started in zip(tensors, state["previous"], state["started"], strict=True):
-        previous.copy_(torch.where(started, previous, tensor)).lerp_(tensor, 1 - decay)
-        started.fill_(True)
-        tensor.add_(alpha * previous)
-
-
-@transform(init=_nothing_before, elementwise=True)
+@transform(init=_nothing_before, whole=True)
 def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0) -> tuple[Tensor, State]:
     r"""Go on in the direction in which the tensor has changed since the step before.
 
@@ -202,20 +176,11 @@ def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0)
     return tensor + weight * (tensor - _previous(state, tensor)), new_state
 
 
-@extrapolate.in_place
-def _extrapolate(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], weight: float) -> None:
-    for tensor, previous, started in zip(tensors, state["previous"], state["started"], strict=True):
-        change = tensor - torch.where(started, previous, tensor)
-        previous.copy_(tensor)
-        started.fill_(True)
-        tensor.add_(weight * change)
-
-
 def _nothing_accumulated(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"mean": torch.zeros_like(tensor), "count": tensor.new_zeros((), dtype=torch.int64)}
 
 
-@transform(init=_nothing_accumulated, elementwise=True)
+@transform(init=_nothing_accumulated, whole=True)
 def accumulate(tensor: Tensor, group: Group, state: State, k: Annotated[int, Ge(1)]) -> tuple[Tensor, State]:
     r"""Return the mean over ``k`` steps in the last of them, and zero in the others.
 
@@ -245,17 +210,6 @@ def accumulate(tensor: Tensor, group: Group, state: State, k: Annotated[int, Ge(
     mean = state["mean"] + (tensor - state["mean"]) / count
     full = count >= k
     return torch.where(full, mean, 0), {"mean": torch.where(full, 0, mean), "count": torch.where(full, 0, count)}
-
-
-@accumulate.in_place
-def _accumulate(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], k: int) -> None:
-    for tensor, mean, count in zip(tensors, state["mean"], state["count"], strict=True):
-        count.add_(1)
-        mean.add_((tensor - mean) / count)
-        full = count >= k
-        tensor.copy_(torch.where(full, mean, 0))
-        mean.masked_fill_(full, 0)
-        count.masked_fill_(full, 0)
 
 
 def with_error_feedback(transform: Transform) -> ErrorFeedback:
@@ -303,7 +257,7 @@ class ErrorFeedback(Combinator):
     def init(self, tensor: Tensor, group: Group) -> State:
         """No error, and the first state of the transform."""
         tensor, group = widen(tensor, group)
-        return {"error": torch.zeros_like(tensor), **self._inner(self.stages[0].init(tensor, group))}
+        return {"error": torch.zeros_like(tensor), **beneath(self.stages[0].init(tensor, group), self.path(0))}
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -316,27 +270,18 @@ class ErrorFeedback(Combinator):
             tensor + state["error"] if tensor.numel() else tensor
             for (tensor, _), state in zip(wide, states, strict=True)
         ]
-        wide_groups = [group for _, group in wide]
-        key = self.keys.get(0)
-        inner = [state["inner"][key] if key is not None else {} for state in states]
         try:
-            results, inner = stage.run(totals, wide_groups, inner)
+            inner = [below(state, self.path(0)) for state in states]
+            results, inner = stage.run(totals, [group for _, group in wide], inner)
         except Exception as error:
-            failed = getattr(error, "failed_group", None)
-            given = (group for group, wide_group in zip(groups, wide_groups, strict=True) if wide_group is failed)
-            error.failed_group = next(given, None)  # type: ignore[attr-defined]
             locate(error, self.place(0))
             raise
         results = [result.to(tensor.dtype) for result, tensor in zip(results, tensors, strict=True)]
         new_states: list[State] = [
-            {"error": total - result if total.numel() else old["error"], **self._inner(new)}
+            {"error": total - result if total.numel() else old["error"], **beneath(new, self.path(0))}
             for total, result, old, new in zip(totals, results, states, inner, strict=True)
         ]
         return results, new_states
-
-    def _inner(self, state: State) -> State:
-        """The state of the transform, by its name, if it has one."""
-        return {"inner": dict.fromkeys(self.keys.values(), state)} if self.keys else {}
 
     def place(self, index: int) -> str:
         """The words that say where the transform is: there is but one."""

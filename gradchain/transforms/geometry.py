@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, inner, inner_units
+from gradchain.transforms._numerics import floor, inner
 
 
 @transform(whole=True)
@@ -29,11 +29,3 @@ def reject_from_param(tensor: Tensor, group: Group) -> Tensor:
     """
     param: Tensor = group["param"]
     return tensor - inner(param, tensor) / inner(param, param).clamp_min(floor(tensor) ** 2) * param
-
-
-@reject_from_param.in_place
-def _reject_from_param(tensors: list[Tensor], group: Group) -> None:
-    dim, least = group["dim"], floor(tensors[0]) ** 2
-    for tensor, param in zip(tensors, group["param"], strict=True):
-        share = inner_units(param, tensor, dim) / inner_units(param, param, dim).clamp_min(least)
-        tensor.addcmul_(param, share, value=-1)

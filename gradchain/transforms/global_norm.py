@@ -7,31 +7,31 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from gradchain._sharding import alike, collect, is_distributed, local, sees_parts
+from gradchain._norms import norm, norms
+from gradchain._sharding import by_kind, collect, is_distributed, local
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import floor, norm, shorten, shrinkage, whole_norms
+from gradchain.transforms._numerics import floor, shorten
 
 
-@sees_parts
 def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
     """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
     device = tensors[0].device
-    norms = [length.to(device) for same in alike(tensors) for length in _norms(same, ord)]
-    if not norms:
+    lengths = [length.to(device) for same in by_kind(tensors) for length in _norms(same, ord)]
+    if not lengths:
         return {"global_norm": torch.zeros((), device=device)}
-    return {"global_norm": norm(torch.stack(norms), ord)}
+    return {"global_norm": norm(torch.stack(lengths), ord)}
 
 
 def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     if torch._C._are_functorch_transforms_active():  # functorch has no rule for lists
-        return [norm(tensor, ord, dtype) for tensor in tensors]
+        return [norm(tensor, ord, dtype=dtype) for tensor in tensors]
     if is_distributed(tensors[0]):
         # In one go, and also where this process has no elements: the others wait for it.
-        norms = [length for same in alike(map(local, tensors)) for length in _norms(same, ord)]
-        mine = torch.stack(norms) if norms else torch.zeros(1, dtype=dtype.to_real(), device=tensors[0].device)
+        lengths = [length for same in by_kind(map(local, tensors)) for length in _norms(same, ord)]
+        mine = torch.stack(lengths) if lengths else torch.zeros(1, dtype=dtype.to_real(), device=tensors[0].device)
         return [norm(collect(norm(mine, ord), tensors[0]), ord)]
-    return whole_norms(tensors, ord, dtype)
+    return norms(tensors, ord, dtype=dtype)
 
 
 def global_norm(tensor: Tensor, group: Group) -> Tensor:
@@ -40,7 +40,7 @@ def global_norm(tensor: Tensor, group: Group) -> Tensor:
     return length
 
 
-@transform(elementwise=True, measure=measure_global_norm)
+@transform(whole=True, measure=measure_global_norm, measures_shards=True)
 def clip_by_global_norm(
     tensor: Tensor, group: Group, max_norm: Annotated[float, Gt(0)], *, ord: Annotated[float, Gt(0)] = 2.0
 ) -> Tensor:
@@ -75,12 +75,7 @@ def clip_by_global_norm(
     return shorten(tensor, global_norm(tensor, group), max_norm)
 
 
-@clip_by_global_norm.in_place
-def _clip_by_global_norm(tensors: list[Tensor], group: Group, max_norm: float, *, ord: float) -> None:
-    torch._foreach_mul_(tensors, shrinkage(global_norm(tensors[0], group), max_norm))
-
-
-@transform(elementwise=True, measure=measure_global_norm)
+@transform(whole=True, measure=measure_global_norm, measures_shards=True)
 def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
     r"""Divide by the 2-norm of all tensors together.
 
@@ -98,8 +93,3 @@ def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
         optax ``normalize_by_update_norm``, which adds 1e-6 to the norm.
     """
     return tensor / global_norm(tensor, group).clamp_min(floor(tensor))
-
-
-@normalize_by_global_norm.in_place
-def _normalize_by_global_norm(tensors: list[Tensor], group: Group) -> None:
-    torch._foreach_mul_(tensors, 1 / global_norm(tensors[0], group).clamp_min(floor(tensors[0])))

@@ -13,7 +13,6 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from gradchain._sharding import sees_parts
 from gradchain.transform import Group, State, transform
 from gradchain.transforms._numerics import shrinkage
 from gradchain.transforms.global_norm import measure_global_norm
@@ -23,7 +22,6 @@ def _no_norms(tensor: Tensor, group: Group, *, window: int, **arguments: object)
     return {"norms": torch.full((window,), math.inf, device=tensor.device, dtype=tensor.real.dtype)}
 
 
-@sees_parts
 def _measure_history(
     tensors: Sequence[Tensor], state: State, percentile: float, **arguments: object
 ) -> tuple[Group, State]:
@@ -32,7 +30,7 @@ def _measure_history(
     return {"length": length, "limit": _percentile(norms, percentile)}, {"norms": norms}
 
 
-@transform(init=_no_norms, elementwise=True, measure=_measure_history)
+@transform(init=_no_norms, whole=True, measure=_measure_history, measures_shards=True)
 def clip_by_history(
     tensor: Tensor,
     group: Group,
@@ -76,7 +74,6 @@ def _no_moments(tensor: Tensor, group: Group, **arguments: object) -> State:
     return {**moments, "count": torch.zeros((), device=tensor.device, dtype=torch.int64)}
 
 
-@sees_parts
 def _measure_zscore(
     tensors: Sequence[Tensor], state: State, threshold: float, decay: float, warmup: int
 ) -> tuple[Group, State]:
@@ -100,7 +97,7 @@ def _measure_zscore(
     }
 
 
-@transform(init=_no_moments, elementwise=True, measure=_measure_zscore)
+@transform(init=_no_moments, whole=True, measure=_measure_zscore, measures_shards=True)
 def clip_by_zscore(
     tensor: Tensor,
     group: Group,
@@ -140,12 +137,6 @@ def clip_by_zscore(
         Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, https://arxiv.org/abs/2504.02507, 2025.
     """
     return tensor * _factor(tensor, group)
-
-
-@clip_by_history.in_place
-@clip_by_zscore.in_place
-def _shorten(tensors: list[Tensor], group: Group, **arguments: object) -> None:
-    torch._foreach_mul_(tensors, _factor(tensors[0], group))
 
 
 def _factor(tensor: Tensor, group: Group) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import normalize_, rewrite_units, unit
+from gradchain.transforms._numerics import unit
 
 
 @transform
@@ -49,15 +49,6 @@ def lmo_l1(tensor: Tensor, group: Group) -> Tensor:
     return torch.where(largest, flat.sgn(), 0).reshape(tensor.shape)
 
 
-@lmo_l1.in_place
-def _lmo_l1(tensors: list[Tensor], group: Group) -> None:
-    def keep_largest(units: Tensor) -> Tensor:
-        largest = units.abs().argmax(dim=1, keepdim=True)
-        return torch.zeros_like(units).scatter_(1, largest, units.gather(1, largest).sgn())
-
-    rewrite_units(tensors, group["dim"], keep_largest)
-
-
 @transform
 def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     r"""Divide by the 2-norm.
@@ -76,12 +67,7 @@ def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     return unit(tensor)
 
 
-@lmo_l2.in_place
-def _lmo_l2(tensors: list[Tensor], group: Group) -> None:
-    normalize_(tensors, group["dim"])
-
-
-@transform(elementwise=True)
+@transform(whole=True)
 def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace each element by its sign.
 
@@ -99,16 +85,11 @@ def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
     return tensor.sgn()
 
 
-@lmo_linf.in_place
-def _lmo_linf(tensors: list[Tensor], group: Group) -> None:
-    torch._foreach_sign_(tensors)
-
-
 _NOT_PLAIN = ("momentum", "weight_decay", "betas", "eps")
 """Keys with which the step of an optimizer is not its learning rate times the gradient."""
 
 
-@transform(elementwise=True)
+@transform(whole=True)
 def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
     r"""Turn a step of ``SGD`` into a step of Frank-Wolfe: to a convex combination of the parameter and a point s.
 
@@ -140,18 +121,6 @@ def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
         return tensor.clone()
     gamma, weight = _weights(group)
     return (1 - gamma) * tensor + weight * group["grad"]
-
-
-@frank_wolfe.in_place
-def _frank_wolfe(tensors: list[Tensor], group: Group) -> None:
-    if "grad" not in group:
-        return
-    gamma, weight = _weights(group)
-    torch._foreach_mul_(tensors, 1 - gamma)
-    if isinstance(weight, Tensor):
-        torch._foreach_add_(tensors, torch._foreach_mul(group["grad"], weight))
-    else:
-        torch._foreach_add_(tensors, group["grad"], alpha=weight)
 
 
 def _weights(group: Group) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ def _resume(state: State) -> tuple[Generator, Callable[[], State]]:
     return generator, lambda: {"generator": generator.get_state(), "step": state["step"] + 1}
 
 
-@transform(init=_seeded("add_noise"), elementwise=True)
+@transform(init=_seeded("add_noise"), seeded=True)
 def add_noise(
     tensor: Tensor,
     group: Group,
@@ -72,28 +72,13 @@ def add_noise(
         Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks,
         https://arxiv.org/abs/1511.06807, 2015; optax ``add_noise``.
     """
-    noise, new_state = _draw_noise(tensor, state, eta, gamma)
-    return tensor + noise, new_state
-
-
-@add_noise.in_place
-def _add_noise(
-    tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], eta: float, gamma: float, *, seed: int
-) -> None:
-    for index, tensor in enumerate(tensors):
-        noise, new_state = _draw_noise(tensor, {key: values[index] for key, values in state.items()}, eta, gamma)
-        tensor.add_(noise)
-        _overwrite(state, index, new_state)
-
-
-def _draw_noise(tensor: Tensor, state: State, eta: float, gamma: float) -> tuple[Tensor, State]:
     generator, finish = _resume(state)
     noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
     step = state["step"].to(tensor.device, tensor.dtype.to_real())
-    return (eta / (1 + step) ** gamma) ** 0.5 * noise, finish()
+    return tensor + (eta / (1 + step) ** gamma) ** 0.5 * noise, finish()
 
 
-@transform(init=_seeded("dropout"), elementwise=True)
+@transform(init=_seeded("dropout"), seeded=True)
 def dropout(
     tensor: Tensor, group: Group, state: State, p: Annotated[float, Ge(0), Lt(1)], *, seed: int = 0
 ) -> tuple[Tensor, State]:
@@ -124,24 +109,6 @@ def dropout(
         Tseng et al., Regularizing Meta-Learning via Gradient Dropout, https://arxiv.org/abs/2004.05859, 2020; torch
         ``nn.functional.dropout``.
     """
-    kept, new_state = _draw_kept(tensor, state, p)
-    return tensor * kept / (1 - p), new_state
-
-
-@dropout.in_place
-def _dropout(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], p: float, *, seed: int) -> None:
-    for index, tensor in enumerate(tensors):
-        kept, new_state = _draw_kept(tensor, {key: values[index] for key, values in state.items()}, p)
-        tensor.mul_(kept).div_(1 - p)
-        _overwrite(state, index, new_state)
-
-
-def _draw_kept(tensor: Tensor, state: State, p: float) -> tuple[Tensor, State]:
     generator, finish = _resume(state)
     kept = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device) >= p
-    return kept, finish()
-
-
-def _overwrite(state: dict[str, list[Tensor]], index: int, new_state: State) -> None:
-    for key, values in state.items():
-        values[index].copy_(new_state[key])
+    return tensor * kept / (1 - p), finish()

@@ -6,8 +6,9 @@ from typing import Annotated
 from annotated_types import Gt
 from torch import Tensor
 
+from gradchain._norms import norm
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import combine, divide_, floor, norm, normalize_, rms, unit
+from gradchain.transforms._numerics import floor, unit
 
 
 @transform
@@ -38,11 +39,6 @@ def normalize(tensor: Tensor, group: Group, ord: Annotated[float, Gt(0)] = 2.0) 
     return unit(tensor, ord)
 
 
-@normalize.in_place
-def _normalize(tensors: list[Tensor], group: Group, ord: float) -> None:
-    normalize_(tensors, group["dim"], ord)
-
-
 @transform(whole=True)
 def centralize(tensor: Tensor, group: Group) -> Tensor:
     r"""Subtract, for each output, the mean over its inputs.
@@ -66,14 +62,6 @@ def centralize(tensor: Tensor, group: Group) -> Tensor:
     return tensor - tensor.mean(dim=tuple(range(1, tensor.ndim)), keepdim=True)
 
 
-@centralize.in_place
-def _centralize(tensors: list[Tensor], group: Group) -> None:
-    for tensor in tensors:
-        ndim = tensor.ndim if group["dim"] is None else len(group["dim"])
-        if ndim >= 2:
-            tensor.sub_(tensor.mean(dim=tuple(range(1 - ndim, 0)), keepdim=True))
-
-
 @transform
 def standardize(tensor: Tensor, group: Group) -> Tensor:
     r"""Shift and scale to mean 0 and standard deviation 1.
@@ -94,18 +82,3 @@ def standardize(tensor: Tensor, group: Group) -> Tensor:
     shifted = tensor - tensor.flatten()[0]  # so that equal elements, whose mean can be rounded, give exactly zero
     centred = shifted - shifted.mean()
     return centred / (norm(centred) / math.sqrt(tensor.numel())).clamp_min(floor(tensor))
-
-
-@standardize.in_place
-def _standardize(tensors: list[Tensor], group: Group) -> None:
-    dim = group["dim"]
-    for tensor in tensors:
-        over = dim if dim is not None else tuple(range(-tensor.ndim, 0))
-        first = tensor
-        for d in over:
-            first = first.narrow(d, 0, 1)
-        tensor.sub_(first.clone())
-        if over:
-            tensor.sub_(tensor.mean(dim=over, keepdim=True))
-    least = floor(tensors[0])
-    divide_(tensors, combine(lambda deviation: deviation.clamp_min(least), rms(tensors, dim)))

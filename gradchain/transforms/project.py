@@ -10,23 +10,12 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from gradchain._norms import norm
 from gradchain.transform import Group, State, transform
-from gradchain.transforms._numerics import (
-    clamp_,
-    combine,
-    count,
-    floor,
-    inner,
-    inner_units,
-    norm,
-    norms,
-    rewrite_units,
-    shorten,
-    shorten_,
-)
+from gradchain.transforms._numerics import floor, inner, shorten
 
 
-@transform(elementwise=True, real_only=True)
+@transform(whole=True)
 def project_nonnegative(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace negative elements by zero.
 
@@ -47,12 +36,7 @@ def project_nonnegative(tensor: Tensor, group: Group) -> Tensor:
     return tensor.clamp_min(0)
 
 
-@project_nonnegative.in_place
-def _nonnegative(tensors: list[Tensor], group: Group) -> None:
-    torch._foreach_clamp_min_(tensors, 0)
-
-
-@transform(elementwise=True, real_only=True)
+@transform(whole=True)
 def project_box(tensor: Tensor, group: Group, lower: float | Tensor, upper: float | Tensor) -> Tensor:
     r"""Move each element into [``lower``, ``upper``].
 
@@ -79,19 +63,13 @@ def project_box(tensor: Tensor, group: Group, lower: float | Tensor, upper: floa
     return torch.clamp(tensor, _like(lower, tensor), _like(upper, tensor))
 
 
-@project_box.in_place
-def _into_box(tensors: list[Tensor], group: Group, lower: float | Tensor, upper: float | Tensor) -> None:
-    for tensor in tensors:
-        tensor.clamp_(_like(lower, tensor), _like(upper, tensor))
-
-
 @project_box.check
 def _box(lower: float | Tensor, upper: float | Tensor) -> None:
     if torch.any(torch.as_tensor(lower) > torch.as_tensor(upper)):
         raise ValueError(f"needs lower <= upper, got lower={lower!r} and upper={upper!r}")
 
 
-@transform(elementwise=True, real_only=True)
+@transform(whole=True)
 def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Move each element into [``-radius``, ``radius``].
 
@@ -117,11 +95,6 @@ def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(
     return tensor.clamp(-radius, radius)
 
 
-@project_linf_ball.in_place
-def _into_linf_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
-    clamp_(tensors, -radius, radius)
-
-
 @transform
 def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Scale down so that the 2-norm is at most ``radius``.
@@ -145,11 +118,6 @@ def project_l2_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)
         optax ``projection_l2_ball``.
     """
     return shorten(tensor, norm(tensor), radius)
-
-
-@project_l2_ball.in_place
-def _into_l2_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
-    shorten_(tensors, norms(tensors, group["dim"]), radius)
 
 
 @transform
@@ -178,15 +146,6 @@ def project_l2_sphere(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     return radius * torch.where(length < least, tensor.numel() ** -0.5, tensor / length.clamp_min(least))
 
 
-@project_l2_sphere.in_place
-def _onto_l2_sphere(tensors: list[Tensor], group: Group, radius: float) -> None:
-    dim, least = group["dim"], floor(tensors[0])
-    lengths = norms(tensors, dim)
-    torch._foreach_mul_(tensors, combine(lambda n: torch.where(n < least, 0, radius / n.clamp_min(least)), lengths))
-    for tensor, length in zip(tensors, lengths, strict=True):
-        tensor.add_((length < least).to(tensor.dtype) * (radius * count(tensor, dim) ** -0.5))
-
-
 @transform
 def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Shrink the magnitudes, all by the same amount, so that the 1-norm is at most ``radius``.
@@ -211,11 +170,6 @@ def project_l1_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)
         ``projection_l1_ball``.
     """
     return _onto_l1_ball(tensor.flatten(), radius).reshape(tensor.shape)
-
-
-@project_l1_ball.in_place
-def _rows_onto_l1_ball(tensors: list[Tensor], group: Group, radius: float) -> None:
-    rewrite_units(tensors, group["dim"], lambda units: _onto_l1_ball(units, radius))
 
 
 @transform
@@ -243,12 +197,7 @@ def project_l1_sphere(tensor: Tensor, group: Group, radius: Annotated[float, Gt(
     return _onto_l1_sphere(tensor.flatten(), radius).reshape(tensor.shape)
 
 
-@project_l1_sphere.in_place
-def _rows_onto_l1_sphere(tensors: list[Tensor], group: Group, radius: float) -> None:
-    rewrite_units(tensors, group["dim"], lambda units: _onto_l1_sphere(units, radius))
-
-
-@transform(real_only=True)
+@transform
 def project_simplex(tensor: Tensor, group: Group, scale: Annotated[float, Gt(0), Lt(math.inf)] = 1.0) -> Tensor:
     r"""Shift all elements by the same amount and cut at zero, so that they are weights that sum to ``scale``.
 
@@ -272,11 +221,6 @@ def project_simplex(tensor: Tensor, group: Group, scale: Annotated[float, Gt(0),
         ``projection_simplex``.
     """
     return _onto_simplex(tensor.flatten(), scale).reshape(tensor.shape)
-
-
-@project_simplex.in_place
-def _rows_onto_simplex(tensors: list[Tensor], group: Group, scale: float) -> None:
-    rewrite_units(tensors, group["dim"], lambda units: _onto_simplex(units, scale))
 
 
 @transform
@@ -303,14 +247,6 @@ def project_hyperplane(tensor: Tensor, group: Group, a: float | Tensor, b: float
     """
     normal = _like(a, tensor).expand(tensor.shape)
     return tensor - (inner(normal, tensor) - b) / inner(normal, normal) * normal
-
-
-@project_hyperplane.in_place
-def _onto_hyperplane(tensors: list[Tensor], group: Group, a: float | Tensor, b: float) -> None:
-    for tensor in tensors:
-        normal = _like(a, tensor).expand(tensor.shape)
-        excess = inner_units(normal, tensor, group["dim"]) - b
-        tensor.addcmul_(normal, excess / inner_units(normal, normal, group["dim"]), value=-1)
 
 
 @transform
@@ -340,14 +276,6 @@ def project_halfspace(tensor: Tensor, group: Group, a: float | Tensor, b: float)
     return tensor - (inner(normal, tensor) - b).clamp_min(0) / inner(normal, normal) * normal
 
 
-@project_halfspace.in_place
-def _into_halfspace(tensors: list[Tensor], group: Group, a: float | Tensor, b: float) -> None:
-    for tensor in tensors:
-        normal = _like(a, tensor).expand(tensor.shape)
-        excess = (inner_units(normal, tensor, group["dim"]) - b).clamp_min(0)
-        tensor.addcmul_(normal, excess / inner_units(normal, normal, group["dim"]), value=-1)
-
-
 @project_hyperplane.check
 @project_halfspace.check
 def _normal(a: float | Tensor, **arguments: Any) -> None:
@@ -359,7 +287,7 @@ def _remember(tensor: Tensor, group: Group, **arguments: Any) -> State:
     return {"reference": tensor.clone()}
 
 
-@transform(init=_remember, real_only=True)
+@transform(init=_remember)
 def project_ball_around_reference(
     tensor: Tensor,
     group: Group,
@@ -410,32 +338,6 @@ def project_ball_around_reference(
     if lower is not None:
         projected = projected.clamp_min(lower)
     return projected if upper is None else projected.clamp_max(upper), state
-
-
-@project_ball_around_reference.in_place
-def _into_ball_around_reference(
-    tensors: list[Tensor],
-    group: Group,
-    state: dict[str, list[Tensor]],
-    radius: float,
-    *,
-    ord: float,
-    lower: float | None,
-    upper: float | None,
-) -> None:
-    for tensor, reference in zip(tensors, state["reference"], strict=True):
-        reference = reference.reshape(tensor.shape)  # from one reference for each unit
-        way = tensor - reference
-        short = way.clone()
-        if ord == 1:
-            rewrite_units([short], group["dim"], lambda units: _onto_l1_ball(units, radius))
-        elif ord == 2:
-            shorten_([short], norms([short], group["dim"]), radius)
-        else:
-            short.clamp_(-radius, radius)
-        tensor.copy_(torch.where(short == way, tensor, reference + short))
-        if lower is not None or upper is not None:
-            tensor.clamp_(lower, upper)
 
 
 @project_ball_around_reference.check

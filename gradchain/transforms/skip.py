@@ -26,22 +26,20 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from gradchain._sharding import alike, collect, is_distributed, local, sees_parts
+from gradchain._sharding import by_kind, collect, is_distributed, local
 from gradchain.transform import Group, State, transform
 from gradchain.transforms.global_norm import measure_global_norm
 
 
-@sees_parts
 def _measure_finite(tensors: Sequence[Tensor], state: State, max_consecutive: int) -> tuple[Group, State]:
     flags = []
-    for same in alike(tensors):
+    for same in by_kind(tensors):
         flag = torch.stack([local(tensor).isfinite().all() for tensor in same]).all()
         flag = collect(flag, same[0]).all() if is_distributed(same[0]) else flag
         flags.append(flag.to(tensors[0].device))
     return _count(~torch.stack(flags).all(), state, max_consecutive)
 
 
-@sees_parts
 def _measure_length(
     tensors: Sequence[Tensor], state: State, max_norm: float, max_consecutive: int, *, ord: float
 ) -> tuple[Group, State]:
@@ -62,7 +60,7 @@ def _count(is_bad: Tensor, state: State, max_consecutive: int) -> tuple[Group, S
     return {"is_bad": is_bad}, {"skip_step": is_bad, **counted}
 
 
-@transform(init=_count_nothing, elementwise=True, measure=_measure_finite)
+@transform(init=_count_nothing, whole=True, measure=_measure_finite, measures_shards=True, skip="skip_step")
 def skip_nonfinite(tensor: Tensor, group: Group, max_consecutive: Annotated[int, Ge(0)] = 10) -> Tensor:
     r"""Skip the whole step if an element of any tensor is NaN or infinite.
 
@@ -92,7 +90,7 @@ def skip_nonfinite(tensor: Tensor, group: Group, max_consecutive: Annotated[int,
     return torch.where(group["is_bad"].to(tensor.device), 0, tensor)
 
 
-@transform(init=_count_nothing, elementwise=True, measure=_measure_length)
+@transform(init=_count_nothing, whole=True, measure=_measure_length, measures_shards=True, skip="skip_step")
 def skip_large(
     tensor: Tensor,
     group: Group,
@@ -131,8 +129,11 @@ def skip_large(
     return torch.where(group["is_bad"].to(tensor.device), 0, tensor)
 
 
-@skip_nonfinite.in_place
-@skip_large.in_place
-def _zero(tensors: list[Tensor], group: Group, **arguments: Any) -> None:
-    if group["is_bad"]:  # the optimizer has read it before, and does not come here then
-        torch._foreach_zero_(tensors)
+@skip_nonfinite.on_skip
+@skip_large.on_skip
+def _require_few_in_a_row(state: State, **arguments: Any) -> None:
+    if state["too_many"]:
+        raise RuntimeError(
+            f"{int(state['in_a_row'])} steps in a row were skipped, more than allowed; look at the gradients, lower the "
+            "learning rate, or raise the limit of the transform that skips"
+        )

@@ -7,7 +7,6 @@ from annotated_types import Ge, Le
 from torch import Generator, Tensor
 
 from gradchain.transform import Group, transform
-from gradchain.transforms._numerics import rewrite_units
 
 
 @transform
@@ -49,17 +48,6 @@ def keep_top_q(
     ranks = torch.empty_like(order).scatter(0, order, torch.arange(flat.numel(), device=tensor.device))
     largest = ranks < _count_kept(flat.unsqueeze(0), q, dq, generator)
     return torch.where(largest, flat, 0).reshape(tensor.shape)
-
-
-@keep_top_q.in_place
-def _keep_top_q(tensors: list[Tensor], group: Group, q: float, dq: float, *, generator: Generator | None) -> None:
-    def keep(units: Tensor) -> Tensor:
-        kept = _count_kept(units, q, dq, generator)
-        order = units.abs().argsort(dim=1, descending=True, stable=True)
-        ranked = torch.arange(units.shape[1], device=units.device) < kept
-        return units.scatter(1, order, torch.where(ranked, units.gather(1, order), 0))
-
-    rewrite_units(tensors, group["dim"], keep)
 
 
 def _count_kept(units: Tensor, q: float, dq: float, generator: Generator | None) -> float | Tensor:

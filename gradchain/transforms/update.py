@@ -11,8 +11,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from gradchain._norms import norm
 from gradchain.transform import Group, State, transform
-from gradchain.transforms._numerics import combine, norm, norms, rms
 
 
 @transform(whole=True)
@@ -39,16 +39,6 @@ def cautious(tensor: Tensor, group: Group) -> Tensor:
     agreement = _agreement(tensor, group["grad"])
     mask = (agreement > 0 if group.get("maximize", False) else agreement < 0).to(tensor.real.dtype)
     return tensor * (mask / mask.mean().clamp_min(1e-3))
-
-
-@cautious.in_place
-def _cautious(tensors: list[Tensor], group: Group) -> None:
-    dim = group["dim"]
-    for tensor, grad in zip(tensors, group["grad"], strict=True):
-        agreement = _agreement(tensor, grad)
-        mask = (agreement > 0 if group.get("maximize", False) else agreement < 0).to(tensor.dtype)
-        share = mask if dim == () else mask.mean(dim, keepdim=True)
-        tensor.mul_(mask).div_(share.clamp_min(1e-3))
 
 
 @transform(whole=True)
@@ -95,13 +85,6 @@ def trust_ratio(
     return tensor * _ratio(norm(group["param"]), norm(tensor), lr, min, max)
 
 
-@trust_ratio.in_place
-def _scale_by_ratio(tensors: list[Tensor], group: Group, min: float, max: float, *, lr_included: bool) -> None:
-    lr = group.get("lr", 1.0) if lr_included else 1.0
-    lengths = norms(group["param"], group["dim"]), norms(tensors, group["dim"])
-    torch._foreach_mul_(tensors, combine(lambda p, u: _ratio(p, u, lr, min, max), *lengths))
-
-
 def _ratio(param_norm: Tensor, update_norm: Tensor, lr: float | Tensor, min: float, max: float) -> Tensor:
     defined = (param_norm > 0) & (update_norm > 0)
     ratio = (lr * param_norm).to(update_norm.dtype) / torch.where(defined, update_norm, 1)
@@ -138,11 +121,6 @@ def scale_by_param_norm(tensor: Tensor, group: Group, min: Annotated[float, Ge(0
     return tensor * norm(group["param"]).clamp_min(min)
 
 
-@scale_by_param_norm.in_place
-def _scale_by_param_norm(tensors: list[Tensor], group: Group, min: float) -> None:
-    torch._foreach_mul_(tensors, combine(lambda length: length.clamp_min(min), norms(group["param"], group["dim"])))
-
-
 @transform(whole=True)
 def scale_by_param_rms(tensor: Tensor, group: Group, min: Annotated[float, Ge(0)] = 1e-3) -> Tensor:
     r"""Multiply by the root mean square of the parameter.
@@ -168,12 +146,7 @@ def scale_by_param_rms(tensor: Tensor, group: Group, min: Annotated[float, Ge(0)
     return tensor * (norm(group["param"]) / math.sqrt(tensor.numel())).clamp_min(min)
 
 
-@scale_by_param_rms.in_place
-def _scale_by_param_rms(tensors: list[Tensor], group: Group, min: float) -> None:
-    torch._foreach_mul_(tensors, combine(lambda length: length.clamp_min(min), rms(group["param"], group["dim"])))
-
-
-@transform(elementwise=True)
+@transform(whole=True)
 def decay_weights(
     tensor: Tensor, group: Group, rate: Annotated[float, Ge(0)], *, ord: Literal[1, 2] = 2, cautious: bool = False
 ) -> Tensor:
@@ -209,21 +182,11 @@ def decay_weights(
     return tensor - decay
 
 
-@decay_weights.in_place
-def _decay_weights(tensors: list[Tensor], group: Group, rate: float, *, ord: int, cautious: bool) -> None:
-    params = group["param"]
-    decays = list(torch._foreach_mul(params if ord == 2 else torch._foreach_sign(params), rate))
-    if cautious:
-        for decay, tensor, param in zip(decays, tensors, params, strict=True):
-            decay.masked_fill_(_agreement(tensor, param) > 0, 0)
-    torch._foreach_sub_(tensors, decays)
-
-
 def _remember(tensor: Tensor, group: Group, **arguments: Any) -> State:
     return {"init": tensor.clone()}
 
 
-@transform(elementwise=True, init=_remember)
+@transform(whole=True, init=_remember)
 def decay_to_init(tensor: Tensor, group: Group, state: State, rate: Annotated[float, Ge(0)]) -> tuple[Tensor, State]:
     r"""Add a step towards the first parameter to the update: weight decay for fine-tuning, L2-SP.
 
@@ -249,13 +212,6 @@ def decay_to_init(tensor: Tensor, group: Group, state: State, rate: Annotated[fl
         https://arxiv.org/abs/1802.01483, 2018.
     """
     return tensor - rate * (group["param"] - state["init"]), state
-
-
-@decay_to_init.in_place
-def _decay_to_init(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]], rate: float) -> None:
-    ways = list(torch._foreach_sub(group["param"], state["init"]))
-    torch._foreach_mul_(ways, rate)
-    torch._foreach_sub_(tensors, ways)
 
 
 def _agreement(a: Tensor, b: Tensor) -> Tensor:

@@ -147,15 +147,15 @@ def may_fail(tensor: Tensor, group: Group) -> Tensor:
 
 
 def _no_past(tensor: Tensor, group: Group, **_: Any) -> State:
-    return {"past": {"sum": torch.zeros_like(tensor)}, "largest": tensor.new_zeros(())}
+    return {"sum": torch.zeros_like(tensor), "largest": tensor.new_zeros(())}
 
 
 @transform(init=_no_past)
 def remember(tensor: Tensor, group: Group, state: State, decay: float) -> tuple[Tensor, State]:
     """A state of two levels, whose entries have two shapes."""
-    total = decay * state["past"]["sum"] + tensor
+    total = decay * state["sum"] + tensor
     largest = torch.maximum(state["largest"], tensor.abs().amax())
-    return total / (1 + largest), {"past": {"sum": total}, "largest": largest}
+    return total / (1 + largest), {"sum": total, "largest": largest}
 
 
 def is_matrix(group: Group) -> bool:

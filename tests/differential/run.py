@@ -275,7 +275,7 @@ def _check(case: Case, adapter: str, results: list[Result]) -> bool:
         if run.failed and adapter == "backward":
             return True  # which of the others have made their step depends on the order of the backward pass
         problem = differs(number, result.values)
-        if not problem and number == len(results) - 1 and len(re.findall(r"ema\(|lookahead\(", case.post)) == 1:
+        if not problem and number == len(results) - 1 and len(re.findall(r"param_ema\(|lookahead\(", case.post)) == 1:
             with (run.attached or run.optimizer).averaged():
                 problem = differs(number, result.averages, "the average of ")
         if problem == "?":

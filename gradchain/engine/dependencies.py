@@ -1,0 +1,102 @@
+"""What a function reads besides its arguments: a trace of it holds only as long as these values stay the same."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from enum import Enum
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradchain.engine.trace import NotTraceable
+
+_MISSING = object()
+_CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, type, Tensor)
+_TRUSTED = ("torch", "gradchain", "math", "operator", "typing", "builtins", "annotated_types")
+
+
+class Reading(NamedTuple):
+    """A variable that a function reads, and the value that it had."""
+
+    read: Callable[[], Any]
+    value: Any
+
+    def holds(self) -> bool:
+        """Whether the variable still has this value."""
+        return self.read() is self.value
+
+
+def readings(function: Callable[..., Any]) -> list[Reading]:
+    """The variables from outside that ``function``, and what it calls, reads.
+
+    Raises:
+        NotTraceable: One of them is an object that can change without notice.
+    """
+    found: list[Reading] = []
+    open_, seen = [function], set()
+    while open_:
+        each = open_.pop()
+        while isinstance(each, functools.partial):
+            for value in (*each.args, *each.keywords.values()):
+                _require_constant("an argument of a partial", value)
+            each = each.func
+        if id(each) in seen or _is_trusted(each):
+            continue
+        seen.add(id(each))
+        if not inspect.isfunction(each):
+            raise NotTraceable(
+                f"calls {type(each).__name__} {getattr(each, '__name__', '')!r}, whose code is not known"
+            )
+        for name, read in _variables(each):
+            value = read()
+            if value is _MISSING:
+                continue
+            if callable(value) and not isinstance(value, type | Tensor):
+                open_.append(value)
+            else:
+                _require_constant(name, value)
+            found.append(Reading(read, value))
+    return found
+
+
+def _is_trusted(value: Any) -> bool:
+    """Whether it is code that has no variables that users change."""
+    if inspect.isbuiltin(value) or isinstance(value, type(math.sqrt)):
+        return True
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return module.partition(".")[0] in _TRUSTED
+
+
+def _require_constant(name: str, value: Any) -> None:
+    if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _TRUSTED:
+        return
+    if isinstance(value, tuple | frozenset):
+        for each in value:
+            _require_constant(name, each)
+    elif not isinstance(value, _CONSTANTS):
+        raise NotTraceable(f"reads {name}, a {type(value).__name__}, which can change without notice")
+
+
+def _variables(function: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The free and the global variables of a function, by name, each with what reads it."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield name, functools.partial(_read_cell, cell)
+    for name in sorted(_names(function.__code__) & function.__globals__.keys()):
+        yield name, functools.partial(function.__globals__.get, name, _MISSING)
+
+
+def _read_cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that is not assigned yet
+        return _MISSING
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)

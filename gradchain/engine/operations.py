@@ -1,0 +1,287 @@
+"""What a plan is made of: programs, and beside them what cannot be one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
+from gradchain.engine.trace import without_data
+from gradchain.transform import CONTEXT, Group, Part, Stage, State, locate
+
+View: TypeAlias = dict[str, Any]
+"""What a transform has measured of all tensors, by key."""
+
+
+class Item(NamedTuple):
+    """A tensor of a slot, and what belongs to it."""
+
+    form: Tensor
+    """The tensor itself, or one of the same shape, dtype, device and layout."""
+    group: Group
+    identity: Group
+    """The keys that only this parameter has, such as its name."""
+    context: Mapping[str, Tensor]
+    """What there is of ``CONTEXT``, each like ``form``."""
+    states: State
+    """The states of all stages, which a step overwrites."""
+    takes_part: bool
+    place: str
+    """The words that say which parameter it is."""
+
+    @property
+    def full_group(self) -> Group:
+        """The group, with the keys of the parameter."""
+        return self.group | self.identity
+
+    def of_whole(self) -> Item:
+        """The same with plain tensors, without data, of the shape of the whole of what is distributed."""
+        context = {key: without_data(value) for key, value in self.context.items()}
+        states = {key: without_data(value) for key, value in self.states.items()}
+        return self._replace(form=without_data(self.form), context=context, states=states)
+
+
+@dataclass
+class Pass:
+    """One run of a plan over the tensors of a slot."""
+
+    tensors: Sequence[Any]
+    context: Mapping[str, Sequence[Any]]
+    keeps_states: bool
+    """Whether the old states stay as they are until ``commit``."""
+    commits: list[Callable[[], None]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Put the new states in place of the old ones."""
+        for commit in self.commits:
+            commit()
+
+
+class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step
+    """Raised when a transform says that the step must not be made."""
+
+    def __init__(self, keep_counters: Callable[[], None]) -> None:
+        self.keep_counters = keep_counters
+        self.loss: Any = None
+        self.inner_state: Any = None
+
+
+class Operation(ABC):
+    """A stage, or several, and the tensors that it acts on."""
+
+    cannot_raise = False
+    """Whether all that it can raise has shown before the first step."""
+    skips = False
+    precedes_skip = False
+
+    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item]) -> None:
+        self.slot = slot
+        self.parts = parts
+        self.items = items
+        self.numbers = sorted({number for part in parts for number in part.numbers})
+
+    @abstractmethod
+    def run(self, work: Pass) -> None:
+        """Transform the tensors in place."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How it runs, in words."""
+
+    def holds(self) -> bool:
+        """Whether what it depends on besides the tensors is as it was."""
+        return True
+
+    def fail(self, error: Exception, part: Part, number: int | None = None) -> NoReturn:
+        """Raise ``error``, saying which stage it was, and which parameter."""
+        if not isinstance(error, SkippedStep):
+            raise_located(error, self.slot, part, None if number is None else self.items[number])
+        raise error
+
+
+def raise_located(error: Exception, slot: str, part: Part, item: Item | None = None) -> NoReturn:
+    """Raise ``error``, saying in which slot, for which parameter and in which stage it was."""
+    for place in reversed(part.places):
+        locate(error, place)
+    locate(error, slot if item is None else f"{slot}, {item.place}")
+    raise error
+
+
+class AsItIs(Operation):
+    """A function that runs as it is, on one tensor after the other; its result is written back.
+
+    Args:
+        reason: Why it is no program.
+        gathers: Whether the whole of a distributed tensor is gathered for it.
+    """
+
+    def __init__(
+        self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str, *, gathers: bool = False
+    ) -> None:
+        super().__init__(slot, [part], items)
+        self.part = part
+        self.view = view
+        self.reason = reason
+        self.gathers = gathers
+
+    def run(self, work: Pass) -> None:
+        for number in self.numbers:
+            try:
+                self._run_one(work, number)
+            except Exception as error:
+                self.fail(error, self.part, number)
+
+    def _run_one(self, work: Pass, number: int) -> None:
+        part, item, given = self.part, self.items[number], work.tensors[number]
+        see = gather if self.gathers else partial(local_part, like=given)
+        tensor = see(given).detach()
+        context = {key: see(work.context[key][number]).detach() for key in item.context}
+        states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
+        state = {key: see(value) for key, value in states.items()}
+        result, new_state = part.stage.act(tensor, item.full_group | self.view | context, state)
+        if states:
+            owned = own(new_state, tensor, *context.values())
+            work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
+        if self.gathers:
+            put(result, given)
+        elif result is not tensor:
+            # A result that is a view of the tensor, such as its transpose, must be read before.
+            tensor.copy_(result.clone() if _storage(result) == _storage(tensor) else result)
+
+    def describe(self) -> str:
+        return f"as it is: {self.reason}"
+
+
+class Measure(Operation):
+    """What a transform measures of all tensors, for the stage that then acts on each.
+
+    Attributes:
+        view: What was measured; before the first step, tensors of the same form without data.
+    """
+
+    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+        super().__init__(slot, [part], items)
+        self.part = part
+        self.acting = [i for i in self.numbers if items[i].takes_part and items[i].form.numel()]
+        self.states = [part.states_of(items[i].states) for i in self.numbers] if part.stage.shares_state else []
+        self.skips = bool(part.stage.skip_keys)
+        self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].form) for i in self.acting)
+        self.view: View = {}
+        self.cannot_raise = self._rehearse()
+
+    def _rehearse(self) -> bool:
+        """Measure tensors without data, so that what comes after it can be traced; whether that was possible."""
+        tensors = [without_data(local(self.items[i].form)) for i in self.acting]
+        state = {key: without_data(local(value)) for key, value in (self.states or [{}])[0].items()}
+        try:
+            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+        except Exception:  # it needs the data, so what comes after it runs as it is
+            return False
+        self.view.update(view)
+        return True
+
+    def run(self, work: Pass) -> None:
+        see = gather if self.gathers else (lambda value: value)
+        tensors = [see(work.tensors[i].detach()) for i in self.acting]
+        old = self.states[0] if self.states else {}
+        state = {key: see(value) for key, value in old.items()}
+        try:
+            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+        except Exception as error:
+            self.fail(error, self.part)
+        self.view.update(view)
+        if self.states:
+            raise_if_skipped(self.part.stage, [(old, new_state)])
+            work.commits.append(partial(put_states, old, new_state))
+
+    def describe(self) -> str:
+        return f"measures {len(self.acting)} tensors"
+
+
+class Jointly(Operation):
+    """A stage that measures all tensors somewhere inside of it, and so runs on all of them at once, as it is."""
+
+    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+        # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
+        numbers = [i for i in part.numbers if items[i].takes_part or part.stage.shares_state]
+        super().__init__(slot, [part._replace(numbers=numbers)], items)
+        self.part = part
+        self.skips = bool(part.stage.skip_keys)
+
+    def run(self, work: Pass) -> None:
+        tensors, groups, states = [], [], []
+        for number in self.numbers:
+            item = self.items[number]
+            given, form = work.tensors[number], local(item.form)
+            tensors.append(gather(given).detach() if item.takes_part else form.new_empty((0,) * max(form.ndim, 1)))
+            keys = item.context if item.takes_part else ()
+            groups.append(item.full_group | {key: gather(work.context[key][number]).detach() for key in keys})
+            states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
+        try:
+            results, new_states = self.part.stage.run(tensors, groups, states)
+        except Exception as error:
+            self.fail(error, self.part)
+        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
+        olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
+        pairs = [(old, own(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
+        raise_if_skipped(self.part.stage, pairs)
+        work.commits += [partial(put_states, old, new) for old, new in pairs]
+        for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
+            if result is not tensor and tensor.numel():
+                put(result, work.tensors[number])
+
+    def describe(self) -> str:
+        return "as it is, on all tensors together: it measures them"
+
+
+def put(result: Tensor, tensor: Any) -> None:
+    """Write ``result`` into ``tensor``, each process its part of it."""
+    tensor.copy_(distribute_like(result, tensor) if is_distributed(tensor) else result)
+
+
+def put_states(old: State, new: State, *, gathered: bool = True) -> None:
+    """Write a new state into the tensors of the old one."""
+    for key, value in new.items():
+        if gathered:
+            put(value, old[key])
+        elif (mine := local(old[key])).numel():
+            mine.copy_(value)
+
+
+def raise_if_skipped(stage: Stage, states: Sequence[tuple[State, State]]) -> None:
+    """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
+    flags = {id(new[key]): new[key] for _, new in states for key in stage.skip_keys if key in new}
+    # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
+    if not flags or not bool(torch.stack(list(flags.values())).any()):
+        return
+
+    def keep_counters() -> None:
+        for old, new in states:
+            for key in stage.skip_keys:
+                path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
+                put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
+        for _, new in states:
+            stage.after_skip(new)
+
+    raise SkippedStep(keep_counters)
+
+
+def own(state: State, *inputs: Tensor) -> State:
+    """``state``, without sharing memory with ``inputs``, which are written to in place."""
+    if torch.compiler.is_compiling():  # where storages have no address
+        return {key: v.clone() if any(v is tensor for tensor in inputs) else v for key, v in state.items()}
+    storages = set(map(_storage, inputs)) - {None}
+    return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
+
+
+def _storage(tensor: Tensor) -> int | None:
+    tensor = local(tensor)
+    is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
+    return tensor.untyped_storage().data_ptr() if is_known else None

@@ -1,0 +1,160 @@
+"""What the transforms of a slot do in a step, worked out once: which operations run on which tensors, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradchain._sharding import has_whole_units, is_distributed, is_placed_like
+from gradchain.engine.blocks import Programs
+from gradchain.engine.operations import AsItIs, Item, Jointly, Measure, Operation, Pass, View, raise_located
+from gradchain.engine.traced import ABSENT, NotedGroup, UntracedStage, is_same_value, trace_stages
+from gradchain.transform import Part, Stage, locate
+
+
+class Plan:
+    """What a stage does with the tensors of a slot.
+
+    Args:
+        slot: The name of the slot, for errors.
+        stage: What to do.
+        items: The tensors.
+        fused: Whether stages can share a program. If not, each has its own, so that one can look between them.
+
+    Attributes:
+        operations: What runs, in order.
+        touched: The numbers of the tensors that a stage acts on.
+        cannot_raise: Whether all that can raise has shown by now.
+        skips: Whether a stage can call the step off.
+    """
+
+    def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
+        self.slot = slot
+        self.items = items
+        self.has_run = False
+        groups = [NotedGroup(item.full_group) for item in items]
+        try:
+            self.parts = list(stage.split(groups, range(len(items)), f"{slot}."))
+        except Exception as error:
+            locate(error, slot)
+            raise
+        self._selected_by = [
+            (item.group, key, value)
+            for item, group in zip(items, groups, strict=True)
+            for key, value in group.reads.items()
+            if key not in item.identity
+        ]
+        self.operations = list(self._make_operations(fused))
+        self.touched = sorted({number for operation in self.operations for number in operation.numbers})
+        self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
+        self.skips = any(operation.skips for operation in self.operations)
+        for index, operation in enumerate(self.operations, 1):
+            operation.precedes_skip = any(later.skips for later in self.operations[index:])
+        self._checks = [
+            (part, items[number], key)
+            for part in self.parts
+            for number in {id(items[i].group): i for i in reversed(part.numbers)}.values()
+            for key in part.stage.hyperparameters
+        ]
+        self._values: list[Any] = []
+
+    def holds(self) -> bool:
+        """Whether what the plan depends on besides the tensors is as it was."""
+        return all(is_same_value(group.get(key, ABSENT), value) for group, key, value in self._selected_by) and all(
+            operation.holds() for operation in self.operations
+        )
+
+    def prepare(self) -> None:
+        """Raise where a hyperparameter has the wrong type or is out of range."""
+        values = [item.group.get(key) for _, item, key in self._checks]
+        if len(values) == len(self._values) and all(map(is_, values, self._values)):
+            return
+        for part, item in {id(item.group): (part, item) for part, item, _ in self._checks}.values():
+            try:
+                part.stage.check(item.group)
+            except Exception as error:
+                raise_located(error, self.slot, part, item)
+        self._values = values
+
+    def run(self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool) -> Pass:
+        """Transform all tensors in place."""
+        work = Pass(tensors, context, keeps_states)
+        for operation in self.operations:
+            operation.run(work)
+        self.has_run = True
+        return work
+
+    def run_stage(self, place: str, work: Pass) -> None:
+        """Run the stage of the chain that is at ``place``, if stages are not fused."""
+        for operation in self.operations:
+            if operation.parts[0].places[0] == place:
+                operation.run(work)
+
+    def _make_operations(self, fused: bool) -> Iterator[Operation]:
+        """Stages that act on each tensor by itself, in stretches that share programs, and between them what measures."""
+        stretch: list[Part] = []
+        views: dict[str, View] = {}
+        for part in self.parts:
+            acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
+            for i in acting:
+                if self.items[i].form.layout is not torch.strided:
+                    raise_located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+            if not acting:
+                continue
+            if part.stage.measures:
+                yield from self._programs(stretch, views)
+                stretch = []
+                if not part.stage.acts_on_each:
+                    yield Jointly(self.slot, part, self.items)
+                    continue
+                measure = Measure(self.slot, part, self.items)
+                views[part.path] = measure.view
+                yield measure
+            whole = [i for i in acting if is_distributed(self.items[i].form) and self._needs_whole(part, i, views)]
+            if whole:
+                yield from self._programs(stretch, views)
+                stretch = []
+                view, reason = views.get(part.path, {}), "needs the whole of sharded tensors"
+                yield AsItIs(self.slot, part._replace(numbers=whole), self.items, view, reason, gathers=True)
+            stretch.append(part._replace(numbers=[i for i in acting if i not in set(whole)]))
+            if not fused:
+                yield from self._programs(stretch, views)
+                stretch = []
+        yield from self._programs(stretch, views)
+
+    def _needs_whole(self, part: Part, number: int, views: Mapping[str, View]) -> bool:
+        """Whether what the processes have of a distributed tensor does not suffice for a stage."""
+        item = self.items[number]
+        states = part.states_of(item.states).values() if not part.stage.shares_state else ()
+        unit_ndim = part.stage.unit_ndim(item.form.ndim, item.full_group)
+        split = 0 if unit_ndim is None else item.form.ndim - unit_ndim
+        if has_whole_units(item.form, split) and all(is_placed_like(state, item.form, split) for state in states):
+            return False
+        if not all(is_placed_like(state, item.form, item.form.ndim) for state in states):
+            return True
+        try:
+            mine, whole = (trace_stages([part], each, views).trace for each in (item, item.of_whole()))
+        except UntracedStage:
+            return True
+        return not (whole.is_pointwise and mine.calls_alike(whole))
+
+    def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
+        """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
+        if not parts:
+            return
+        try:
+            yield Programs(self.slot, parts, self.items, views)
+        except UntracedStage as untraced:
+            part = parts[untraced.position]
+            yield from self._programs(parts[: untraced.position], views)
+            yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), untraced.reason)
+            yield from self._programs(parts[untraced.position + 1 :], views)
+
+
+def needs_dense(grad: Tensor) -> str:
+    """What is wrong with a sparse gradient."""
+    return f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()"

@@ -1,0 +1,298 @@
+"""Trace the stages that act on each tensor by itself, several stages together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from gradchain._sharding import local_part
+from gradchain.engine.dependencies import Reading, readings
+from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
+from gradchain.transform import Group, Part, compute_dtype, show
+
+if TYPE_CHECKING:
+    from gradchain.engine.operations import Item, View
+
+NUMBER, VALUE, CONTEXT, STATE, VIEW = "number:", "value:", "context:", "state:", "view:"
+"""How the name of an input begins: a number or a tensor of the group, and so on."""
+
+ABSENT = object()
+
+
+class Traced(NamedTuple):
+    """A trace of several stages, and what it depends on besides its inputs."""
+
+    trace: Trace
+    readings: tuple[Reading, ...]
+    keys: Mapping[str, Any]
+    """The keys of the group that were read, with their values; of numbers and tensors that are inputs, the kind."""
+
+    def holds(self, group: Group) -> bool:
+        """Whether it is a trace for ``group``, too."""
+        return all(reading.holds() for reading in self.readings) and all(
+            is_same_value(kind_of(group.get(key, ABSENT)) if type(value) is Kind else group.get(key, ABSENT), value)
+            for key, value in self.keys.items()
+        )
+
+
+class Kind(NamedTuple):
+    """What there is to know of a value that is an input of a trace."""
+
+    of: Any
+
+
+def kind_of(value: Any) -> Kind:
+    """The form of a tensor, and the type of anything else."""
+    return Kind(form_of(value) if isinstance(value, Tensor) else type(value))
+
+
+class UntracedStage(Exception):  # noqa: N818
+    """Raised with the position of the stage that cannot be traced, and the reason."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
+        self.position = position
+        self.reason = reason
+
+
+class NotedGroup(dict[str, Any]):
+    """A group of which each reading is written down."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.reads: dict[str, Any] = {}
+        """The values that were read, by their keys; ABSENT for keys that are not there."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        self.reads[key] = value
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``key``."""
+        return self[key] if key in self else default
+
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        self.reads[str(key)] = ABSENT
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key for key in super().__iter__() if self[key] is not ABSENT])
+
+    def keys(self) -> Any:
+        """All keys, of which each counts as read."""
+        return list(self)
+
+
+class TracedGroup(NotedGroup):
+    """A group for a trace. Numbers that can change are given as tensors without data.
+
+    Args:
+        values: The values.
+        recorder: What writes down the trace.
+        dtype: The dtype for numbers.
+        fixed: The keys of numbers that are given as they are.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], recorder: Recorder, dtype: torch.dtype, fixed: frozenset[str]
+    ) -> None:
+        super().__init__(values)
+        self.recorder = recorder
+        self.number = torch.empty((), dtype=dtype, device=META)
+        self.fixed = fixed
+        self.numbers: set[str] = set()
+        """The keys of the numbers that the stage has read as tensors."""
+        self.given: frozenset[str] = frozenset()
+        """The keys that are not of the group: tensors that are values of the trace already."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = dict.__getitem__(self, key)
+        if key in self.given:
+            return value
+        self.reads[key] = value
+        if isinstance(value, Tensor):
+            self.reads[key] = kind_of(value)
+            return self.recorder.input(VALUE + key, value)
+        if isinstance(value, float) and key not in self.fixed:
+            self.reads[key] = kind_of(value)
+            self.numbers.add(key)
+            return self.recorder.input(NUMBER + key, self.number)
+        return value
+
+    def __or__(self, other: Mapping[str, Any]) -> TracedGroup:  # type: ignore[override]
+        merged = copy.copy(self)
+        merged.update(other)
+        merged.given = self.given | other.keys()
+        return merged
+
+
+def trace_stages(parts: Sequence[Part], item: Item, views: Mapping[str, View], *, count: int | None = None) -> Traced:
+    """Trace what ``parts`` do, one after the other, to a tensor like that of ``item``.
+
+    Args:
+        parts: The stages.
+        item: The tensor, with its group, its context and its states.
+        views: What was measured before, by the path of the stage that measures.
+        count: Trace them for this many such tensors, stacked along a new first dimension.
+
+    Raises:
+        UntracedStage: One of them cannot be traced.
+    """
+    watched: list[Reading] = []
+    for position, part in enumerate(parts):
+        try:
+            for function in part.stage.functions():
+                watched += readings(function)
+        except NotTraceable as error:
+            raise UntracedStage(position, str(error)) from None
+    key = (
+        tuple((part.stage, part.path) for part in parts),
+        form_of(item.form),
+        tuple((name, form_of(value)) for name, value in item.context.items()),
+        tuple((name, form_of(value)) for name, value in item.states.items()),
+        tuple((path, name, form_of(value)) for path, view in views.items() for name, value in view.items()),
+        count,
+    )
+    group = item.full_group
+    known = _KNOWN.get(key)
+    if known is None or not known.holds(group):
+        known = _trace(parts, item, group, views, count, watched)
+        if len(_KNOWN) >= 4096:
+            _KNOWN.clear()
+        _KNOWN[key] = known
+    return known
+
+
+_KNOWN: dict[Any, Traced] = {}
+
+
+def _trace(
+    parts: Sequence[Part],
+    item: Item,
+    group: Group,
+    views: Mapping[str, View],
+    count: int | None,
+    watched: list[Reading],
+) -> Traced:
+    """Trace with the numbers of the group as tensors, so that other values need no other trace.
+
+    Where a stage cannot be traced so, since Python needs the numbers that it reads, they are given as they are.
+    """
+    fixed: frozenset[str] = frozenset()
+    while True:
+        attempt = _Attempt(parts, item, group, views, count, fixed)
+        try:
+            return attempt.traced(watched)
+        except UntracedStage:
+            more = fixed | attempt.group.numbers
+            if more == fixed:
+                raise
+            fixed = more
+
+
+class _Attempt:
+    """One attempt to trace stages."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        item: Item,
+        group: Group,
+        views: Mapping[str, View],
+        count: int | None,
+        fixed: frozenset[str],
+    ) -> None:
+        self.parts = parts
+        self.count = count
+        self.position = 0
+        form = local_part(item.form)
+        self.inputs = {TENSOR: self._empty(form)}
+        self.inputs |= {CONTEXT + key: self._empty(local_part(value)) for key, value in item.context.items()}
+        for part in parts:
+            if part.stage.stateful and not part.stage.shares_state:
+                for key in part.states_of(item.states):
+                    self.inputs[STATE + part.path + key] = self._empty(local_part(item.states[part.path + key]))
+        self.recorder = Recorder(self.inputs)
+        self.group = TracedGroup(group, self.recorder, compute_dtype(form.dtype).to_real(), fixed)
+        self.views = {
+            part.path: {
+                key: self.recorder.input(f"{VIEW}{part.path}{key}", value)
+                for key, value in views.get(part.path, {}).items()
+            }
+            for part in parts
+        }
+
+    def traced(self, watched: list[Reading]) -> Traced:
+        run = self._run if self.count is None else vmap(self._run)
+        try:
+            with torch.no_grad(), self.recorder:
+                outputs = run(dict(self.inputs))
+            self._require_form(outputs)
+            return Traced(self.recorder.trace(outputs), tuple(watched), self.group.reads)
+        except Exception as error:
+            import os,traceback
+            if os.environ.get("TB"): traceback.print_exc()
+            raise UntracedStage(self.position, _reason(error)) from error
+
+    def _run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensor = values[TENSOR]
+        context = {name[len(CONTEXT) :]: value for name, value in values.items() if name.startswith(CONTEXT)}
+        outputs: dict[str, Tensor] = {}
+        for self.position, part in enumerate(self.parts):
+            self.recorder.stage = show(part.stage)
+            self.group.numbers.clear()
+            start = STATE + part.path
+            state = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
+            group = self.group | context | self.views[part.path]
+            tensor, new_state = part.stage.act(tensor, group, state)
+            outputs |= {start + key: value for key, value in new_state.items()}
+        return {TENSOR: tensor, **outputs}
+
+    def _require_form(self, outputs: Mapping[str, Tensor]) -> None:
+        for name, value in outputs.items():
+            old = self.inputs.get(name)
+            if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
+                raise NotTraceable(f"changes the form of its state {name.removeprefix(STATE)!r}")
+
+    def _empty(self, value: Tensor) -> Tensor:
+        shape, stride = tuple(value.shape), value.stride()
+        if self.count is not None:
+            shape, stride = (self.count, *shape), (value.numel(), *stride)
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=META)
+
+
+def form_of(value: Any) -> Any:
+    """All that a trace depends on of a tensor."""
+    value = local_part(value)
+    return tuple(value.shape), value.stride(), value.dtype, value.device
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    if "meta tensor" in text or "data-dependent" in text or "vmap: It looks like you're" in text:
+        return f"reads a value{_line_of(error)}"
+    return text if isinstance(error, NotTraceable) else f"{type(error).__name__}: {text}"
+
+
+def _line_of(error: Exception) -> str:
+    """The line of the function, outside of this library and torch, that was running."""
+    traceback, line = error.__traceback__, ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in ("gradchain", "torch"):
+            line = f" (line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return line
+
+
+def is_same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a group are the same."""
+    return a is b or (type(a) is type(b) and bool(a == b))
