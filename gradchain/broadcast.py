@@ -143,6 +143,14 @@ class Broadcast(Each):
         require_unwritten(self.transform, inputs)
         return mapped.reshape(tensor.shape), state if self.shares_state else new_state
 
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What it acts on; see ``Stage.units``."""
+        units = self.stage.units(tensor, group)
+        if units != (tensor.ndim,):
+            return units
+        ndim = self.mapped_ndim(tensor, group)
+        return units if ndim is None else (ndim,)
+
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.stage.check(group)

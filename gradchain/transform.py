@@ -215,6 +215,14 @@ class Stage(ABC):
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
 
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """How many dimensions the parts of ``tensor`` have on which it acts, each by itself.
+
+        These are 0 for each element, and ``tensor.ndim`` for the whole tensor. None says that it acts on all tensors of
+        an optimizer together. It is empty where it leaves the tensor alone, and a combinator can have several.
+        """
+        return (tensor.ndim,)
+
     def __call__(self, tensor: Tensor, group: Group | None = None, /) -> Tensor:
         if self.stateful:
             raise TypeError(
@@ -395,6 +403,12 @@ class BoundTransform(Each):
         if not _is_state(state):
             raise TypeError(f"{self!r}: init must return a dict of tensors, or of such dicts, got {state!r}")
         return state
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What it acts on; see ``Stage.units``."""
+        if self.definition.measure is not None:
+            return (None,)
+        return (0 if self.definition.elementwise else tensor.ndim,)
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
         """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
@@ -678,6 +692,10 @@ class Combinator(Stage):
     def places(self) -> list[tuple[str, Stage]]:
         """The members, each with the words that say where it is."""
         return [(self.place(index), stage) for index, stage in enumerate(self.stages)]
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What its members act on; see ``Stage.units``."""
+        return tuple(dict.fromkeys(unit for stage in self.stages for unit in stage.units(tensor, group)))
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import is_
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
+from gradchain._units import list_stages
 from gradchain.adapters._construction import (
     check_group,
     check_support,
@@ -185,6 +186,15 @@ class Engine:
         kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
         new = {slot: each for slot, each in given.items() if slot not in kept}
         return {**given, **kept, **number_chains(new, prefixes(kept.values()))}
+
+    def list_stages(self, chains: Mapping[str, Chain]) -> dict[str, list[tuple[str, str]]]:
+        """The stages of ``chains``, which are by slot, each with what it acts on."""
+        members = self.roster.members
+        params = [member.param.detach() for member in members]
+        return {
+            slot: list_stages(transforms, params, [member.context(slot) for member in members])
+            for slot, transforms in chains.items()
+        }
 
     def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""

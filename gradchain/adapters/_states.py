@@ -44,6 +44,10 @@ class Member(NamedTuple):
         name = {"name": names[self.position[1]]} if names else {}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
+    def context(self, slot: str) -> Group:
+        """Its group, and what tells a transform where it acts."""
+        return {**self.group, **self.identity(slot)}
+
     def place(self) -> str:
         """The words that say where the parameter is."""
         return describe(self.position[0], self.group, self.position[1])

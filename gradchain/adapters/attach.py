@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     ATTACHED,
     check_group,
@@ -207,8 +208,10 @@ class Attached:
         self.remove()
 
     def __repr__(self) -> str:
-        slots = "".join(f", {slot}={members}" for slot in SLOTS if (members := getattr(self, slot)))
-        return f"attach({self._name}{slots})"
+        chains = {slot: members for slot in SLOTS if (members := getattr(self, slot))}
+        if not (self._hooks.exists and self in self._hooks().attached):
+            return f"attach({self._name}{''.join(f', {slot}={members}' for slot, members in chains.items())})"
+        return f"attach(\n  {self._name},\n{print_slots(self._hooks().engine.list_stages(chains))})"
 
 
 class _Hooks:

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradchain._html import show_optimizer
+from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     Params,
     check_group,
@@ -31,7 +32,7 @@ from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, is_same, show
+from gradchain.transform import Group, Transform, is_same
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -81,7 +82,7 @@ class ParamTransformingOptimizer(Optimizer):
             function that has no rule.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
-            first dimension: each row of weights, but each element of a bias.
+            first dimension: each row of weights, but each element of a bias. The ``repr`` says it, stage by stage.
         grad_scale: Factor of each gradient after ``pre``, per group.
         grad_bias: Added to each gradient after the factor, per group.
         defaults: Further keys of the groups, with the values for those that lack them.
@@ -370,14 +371,14 @@ class ParamTransformingOptimizer(Optimizer):
             An ``Explanation``; ``explanation["fc.weight"]``, or ``explanation[0]``, is that of one parameter.
 
         Example:
-            >>> from gradchain import clip_by_norm
+            >>> from gradchain import normalize
             >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
-            >>> optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), param_ndim=None, lr=1.0)
+            >>> optim = ParamTransformingOptimizer([x], pre=normalize(), param_ndim=None, lr=1.0)
             >>> x.square().sum().backward()
             >>> optim.explain()
-            stage                         2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
-            gradient                          10   7.071    6    8     7    0%          0%       1
-              clip_by_norm(max_norm=1.0)       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
+            stage          acts on           2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
+            gradient                             10   7.071    6    8     7    0%          0%       1
+              normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
         """
         return explain_step(self._engine, self._own_defaults)
 
@@ -460,10 +461,8 @@ class ParamTransformingOptimizer(Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        slots = "".join(f"  {slot}={members},\n" for slot, members in self._chains().items())
         inner = repr(self.inner_opt).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n{slots}  inner_opt={inner}\n)"
+        return f"{type(self).__name__}(\n{print_slots(self._engine.list_stages(self._chains()))}  inner_opt={inner}\n)"
 
     def _repr_html_(self) -> str:
-        slots = {slot: map(show, members) for slot, members in self._chains().items()}
-        return show_optimizer(type(self).__name__, slots, self.inner_opt)
+        return show_optimizer(type(self).__name__, self._engine.list_stages(self._chains()), self.inner_opt)
