@@ -20,6 +20,13 @@ _COMPARISONS: dict[type, tuple[str, str, Callable[[Any, Any], Any]]] = {
 }
 
 
+def as_number(value: Any) -> Any:
+    """A number of another library as Python's own, as ``torch.load(weights_only=True)`` needs it; else as is."""
+    if type(value) in (int, float, bool) or isinstance(value, Tensor):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+
+
 def validate(key: str, hint: Any, value: Any) -> None:
     """Raise ``TypeError`` or ``ValueError`` where ``value`` is not what the annotation ``hint`` allows."""
     alternatives = _alternatives(hint)

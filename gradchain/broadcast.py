@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import Tensor
 from torch.func import vmap
 
+from gradchain._ranges import as_number
 from gradchain.chain import Chain
 from gradchain.transform import (
     CONTEXT,
@@ -72,7 +73,7 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
         chain(broadcast(normalize(), param_ndim=1), broadcast(<lambda>, param_ndim=None))
     """
     if not isinstance(param_ndim, FromGroup):
-        require_param_ndim(param_ndim)
+        param_ndim = require_param_ndim(as_number(param_ndim))
     if isinstance(transform, Broadcast):
         return transform
     if isinstance(transform, Combinator):

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, cast, get_a
 import torch
 from torch import Generator, Tensor
 
-from gradchain._ranges import validate
+from gradchain._ranges import as_number, validate
 
 P = ParamSpec("P")
 
@@ -609,8 +609,9 @@ class _Definition:
                 locate(error, self.name)
                 raise
             call.apply_defaults()
-            self.validate(call.arguments, self.name, {})
-            return BoundTransform(self, call.arguments, self.name)
+            arguments = {name: as_number(value) for name, value in call.arguments.items()}
+            self.validate(arguments, self.name, {})
+            return BoundTransform(self, arguments, self.name)
 
         def register_check(rule: Callable[..., None]) -> Callable[..., None]:
             self.check = rule

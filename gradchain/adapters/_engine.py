@@ -19,6 +19,7 @@ from gradchain._units import list_stages
 from gradchain.adapters._construction import (
     check_group,
     check_support,
+    complete_groups,
     describe,
     number_chains,
     prefixes,
@@ -219,8 +220,9 @@ class Engine:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
         return self.follow().averaged(self.stage("post"))
 
-    def add_states_to(self, state_dict: Group) -> None:
-        """Put the states into a state dict of the inner optimizer."""
+    def complete(self, state_dict: Group, defaults: Group) -> None:
+        """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
+        complete_groups(state_dict.get("param_groups", ()), defaults)
         members, states = self.roster.members, self.follow()
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)

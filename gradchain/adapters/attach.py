@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradchain._ranges import as_number
 from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     ATTACHED,
@@ -111,6 +112,7 @@ def attach(
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
     require_new(hyperparameters(numbered), optimizer, hooks.defaults)
     own_defaults = {"param_ndim": param_ndim, **hyperparameters(numbered), **(defaults or {})}
+    own_defaults = {key: as_number(value) for key, value in own_defaults.items()}
     known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
@@ -389,7 +391,7 @@ class _Hooks:
         running.finish()
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self.engine.add_states_to(state_dict)
+        self.engine.complete(state_dict, self.defaults)
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loaded, bare = self.engine.take_states(state_dict, self.defaults)

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradchain._html import show_optimizer
+from gradchain._ranges import as_number
 from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     Params,
@@ -150,6 +151,7 @@ class ParamTransformingOptimizer(Optimizer):
             **hyperparameters(numbered),
             **(defaults or {}),
         }
+        own_defaults = {key: as_number(value) for key, value in own_defaults.items()}
         known = sorted(own_defaults.keys() & (inner_opt.defaults.keys() - earlier.keys() | {"params"}))
         if known:
             raise ValueError(
@@ -418,7 +420,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.add_states_to(state_dict)
+        self._engine.complete(state_dict, self._own_defaults)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
