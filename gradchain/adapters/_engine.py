@@ -493,7 +493,8 @@ def say_where(error: Exception, slot: str, roster: Roster) -> None:
 
 def _is_lazy(grad: Tensor | None) -> bool:
     """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
-    return grad is not None and (grad.is_neg() or grad.is_conj())
+    # Compiled code has no such tensors, and asking would break the graph.
+    return grad is not None and not torch.compiler.is_compiling() and (grad.is_neg() or grad.is_conj())
 
 
 def _writable(grad: Tensor) -> Tensor:
