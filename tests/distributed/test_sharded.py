@@ -256,6 +256,9 @@ def refusals(use_orig_params: bool) -> list[str]:
     said = []
     network = make_network()
     early = ParamTransformingOptimizer(network.named_parameters(), pre=gc.clip_by_norm(1.0), lr=0.1)
+    network(torch.ones(2, 4)).sum().backward()
+    early.step()
+    early.zero_grad()
     wrapped = FullyShardedDataParallel(network, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     wrapped(torch.ones(2, 4)).sum().backward()
     calls: list[Callable[[], Any]] = [
