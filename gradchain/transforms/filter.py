@@ -178,7 +178,8 @@ def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0)
 
     .. math:: g_t + w (g_t - g_{t-1}), \quad g_0 = g_1
 
-    Acts on each element. The state holds the tensor of the step before; the first step changes nothing.
+    Acts on each element. The state holds the tensor of the step before; the first step changes nothing. So it is in the
+    paper of MARS, whose first two parameters are one; the code of its authors has g_0 = 0 instead.
 
     Args:
         weight: The share of the last change that is added: 1 for the optimistic gradient, and gamma beta / (1 - beta)

@@ -24,6 +24,9 @@ def cautious(tensor: Tensor, group: Group) -> Tensor:
     Acts on the whole tensor, of any shape, whatever the ``param_ndim`` of the group, and reads ``group["grad"]``: in
     the slot ``update``, the gradient after ``pre``. Where ``group["maximize"]`` is set, elements go up the gradient.
 
+    It masks all of an update, and so the weight decay that AdamW has in it, too. The paper decays all elements: take
+    Adam, and ``chain(cautious(), decay_weights(lr * weight_decay))``.
+
     Raises:
         ValueError: There is no ``group["grad"]``.
 
@@ -69,7 +72,9 @@ def trust_ratio(
 
     An update has the learning rate in it already, and u / ||u|| would lose it: the ratio is that of the parameter to
     the update without its learning rate, ``group["lr"]``, which is 1 where there is none. With Adam inside this is
-    LAMB. For LARS in ``pre``, where the learning rate is still to come, say ``lr_included=False``.
+    LAMB. For LARS in ``pre``, where the learning rate is still to come, say ``lr_included=False``. The ratio of LARS is
+    that of a gradient with the weight decay in it: put ``lambda tensor, group: tensor + rate * group["param"]`` before.
+    The ``weight_decay`` of ``SGD`` would come after the ratio.
 
     Args:
         min: The smallest ratio; at least 0.
