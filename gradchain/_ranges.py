@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -75,5 +75,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is Sequence:
+        return "a sequence"
     names: dict[Any, str] = {float: "a number", int: "an integer", NoneType: "None", Tensor: "a tensor"}
     return names.get(kind) or str(getattr(kind, "__name__", kind))

@@ -93,22 +93,27 @@ class Broadcast(Each):
         self.hyperparameters = stage.hyperparameters
         self.stateful = stage.stateful
         self.shares_state = stage.shares_state
+        self.starts_early = stage.starts_early
 
     @property
     def state_name(self) -> str:
         """That of the transform."""
         return self.stage.state_name
 
-    def init(self, tensor: Tensor, group: Group) -> State:
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return self.stage.start(tensor, group)
+
+    def begin(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""
         param_ndim = self.mapped_ndim(tensor, group)
         if param_ndim is None or self.shares_state:
-            return self.stage.init(tensor, group)
+            return self.stage.begin(tensor, group)
 
-        def init(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.init(sub_tensor, {**group, **sub_context})
+        def begin(sub_tensor: Tensor, sub_context: Group) -> State:
+            return self.stage.begin(sub_tensor, {**group, **sub_context})
 
-        mapped: State = vmap(init, randomness="different")(to_batch(tensor, param_ndim), _batches(group, param_ndim))
+        mapped: State = vmap(begin, randomness="different")(to_batch(tensor, param_ndim), _batches(group, param_ndim))
         return mapped
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:

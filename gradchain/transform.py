@@ -96,6 +96,7 @@ def transform(
 def transform(
     *,
     init: Callable[..., State],
+    start: Callable[..., Tensor] | None = None,
     elementwise: bool = False,
     whole: bool = False,
     real_only: bool = False,
@@ -114,6 +115,7 @@ def transform(
     /,
     *,
     init: Callable[..., State] | None = None,
+    start: Callable[..., Tensor] | None = None,
     elementwise: bool = False,
     whole: bool = False,
     real_only: bool = False,
@@ -134,6 +136,10 @@ def transform(
         init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
             tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)`` and
             returns a new state. ``clone()`` what is kept of an input: an optimizer writes to it later.
+        start: Says where the state starts, for one that depends on it. ``start(tensor, group, **arguments)`` returns
+            what ``init`` sees in place of a parameter ``tensor``, which is the whole one whatever ``param_ndim`` is. An
+            optimizer makes such a state when it is constructed, or when the parameter is added; others wait for the
+            first step.
         elementwise: Each element of the result depends on that element alone, so that no reshaping is needed.
         whole: The formula itself says which dimensions it acts on. The ``param_ndim`` of a group is not for it; an
             explicit ``broadcast(t, param_ndim)`` is.
@@ -180,7 +186,7 @@ def transform(
     """
 
     def decorate(function: Callable[..., Any]) -> TransformFactory[...]:
-        return _Definition(function, init, elementwise, whole, real_only, measure).factory
+        return _Definition(function, init, start, elementwise, whole, real_only, measure).factory
 
     return decorate if function is None else decorate(function)
 
@@ -195,6 +201,9 @@ class Stage(ABC):
 
     shares_state: bool
     """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
+
+    starts_early: bool
+    """Whether there is state that is to be made when an optimizer is constructed, and not in its first step."""
 
     @property
     @abstractmethod
@@ -244,6 +253,18 @@ class Stage(ABC):
 class Each(Stage):
     """A stage that measures all tensors at most, and then acts on each by itself."""
 
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        return self.begin(self.start(tensor, group), group)
+
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return tensor
+
+    @abstractmethod
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """The first state that starts at ``tensor``."""
+
     @abstractmethod
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform one tensor, given what was measured."""
@@ -278,13 +299,14 @@ class Function(Each):
 
     stateful = False
     shares_state = False
+    starts_early = False
     state_name = "function"
 
     def __init__(self, function: Transform) -> None:
         self.function = function
         self.hyperparameters = {}
 
-    def init(self, tensor: Tensor, group: Group) -> State:
+    def begin(self, tensor: Tensor, group: Group) -> State:
         """There is no state."""
         return {}
 
@@ -345,6 +367,11 @@ class BoundTransform(Each):
         return self.stateful and self.definition.measure is not None
 
     @property
+    def starts_early(self) -> bool:  # type: ignore[override]
+        """Whether its state depends on where a parameter starts."""
+        return self.definition.start is not None
+
+    @property
     def state_name(self) -> str:
         """The name of the factory, whatever its hyperparameters are called."""
         return self.definition.name
@@ -395,8 +422,12 @@ class BoundTransform(Each):
         """``change(self)``."""
         return change(self)
 
-    def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return tensor if self.definition.start is None else self.definition.start(tensor, group, **self._read(group))
+
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """The first state that starts at ``tensor``; empty where there is none to keep."""
         if self.definition.init is None:
             return {}
         state = self.definition.init(*widen(tensor, group), **self._read(group))
@@ -540,7 +571,7 @@ class BoundTransform(Each):
         )
 
     def __hash__(self) -> int:
-        values = (None if isinstance(v, Tensor | Generator) else v for v in self.arguments.values())
+        values = (None if isinstance(v, Tensor | Generator | list | tuple) else v for v in self.arguments.values())
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -558,6 +589,7 @@ class _Definition:
         self,
         function: Callable[..., Any],
         init: Callable[..., State] | None,
+        start: Callable[..., Tensor] | None,
         elementwise: bool,
         whole: bool,
         real_only: bool,
@@ -586,6 +618,7 @@ class _Definition:
         parameters = parameters[given:]
         self.function = function
         self.init = init
+        self.start = start
         self.elementwise = elementwise
         self.whole = whole
         self.real_only = real_only
@@ -631,7 +664,10 @@ class _Definition:
         """Do what has to wait for the first call, since annotations may name what is defined later."""
         if self._hints is None:
             self._hints = get_type_hints(self.function, include_extras=True)
-            self.takes_tensors = any(Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters)
+            of_start = () if self.start is None else inspect.signature(self.start).parameters
+            self.takes_tensors = any(
+                Tensor in get_args(self._hints.get(name)) for name in self.signature.parameters if name not in of_start
+            )
 
     def validate(
         self, arguments: Mapping[str, Any], prefix: str, keys: Mapping[str, str], *, read_tensors: bool = True
@@ -667,6 +703,7 @@ class Combinator(Stage):
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
         self.shares_state = any(stage.shares_state for stage in self.stages)
+        self.starts_early = any(stage.starts_early for stage in self.stages)
         self.keys = _state_keys(self.stages)
         """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
 
@@ -911,6 +948,8 @@ def is_same(a: object, b: object) -> bool:
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, Generator) and isinstance(b, Generator):
         return a.device == b.device and torch.equal(a.get_state(), b.get_state())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(is_same, a, b))
     return not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b)
 
 

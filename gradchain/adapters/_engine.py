@@ -213,12 +213,13 @@ class Engine:
     def give_states(self, states: TransformStates) -> None:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
         self.reset(states)
+        self.begin()
         inner_opt = self.owner.inner_opt
         states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
-        return self.follow().averaged(self.stage("post"))
+        return self.follow().averaged(self.stage("post"), self.roster.members)
 
     def complete(self, state_dict: Group, defaults: Group) -> None:
         """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
@@ -233,6 +234,14 @@ class Engine:
     def drop_states_of_others(self, slot: str) -> None:
         """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
         self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Make the states that depend on where the parameters start: on what they are now."""
+        for slot in SLOTS:
+            stage = self.stage(slot)
+            if stage.starts_early:
+                self.states.begin(slot, stage, self.roster.members)
 
     @torch.no_grad()
     def start(self) -> None:

@@ -261,7 +261,7 @@ class _InPlace(_Operation):
             single = item.form.new_zeros(item.form.shape if has_shape else (1,) * item.form.ndim)
             group = {**self.group, **item.identity, **dict.fromkeys(self.context, single)}
             # The function in place of the rule: its errors say what is wrong.
-            self.bound.update(single, group, self.bound.init(single, {**group, "param": single}))
+            self.bound.update(single, group, self.bound.begin(single, {**group, "param": single}))
         except Exception as error:
             error.failed_item = self.at[0]  # type: ignore[attr-defined]
             raise

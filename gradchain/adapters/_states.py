@@ -147,6 +147,22 @@ class TransformStates:
             states[slot] = {**first, **_cast(known, first)}
             self._fitted[param, slot] = form
 
+    def begin(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
+        """Make the first states of the stages that depend on where a parameter starts, of those that have none."""
+        early = {key for index, key in stage.keys.items() if stage.stages[index].starts_early}
+        for member in members:
+            states = self.by_param.setdefault(member.param, {})
+            known = states.get(slot, {})
+            if not early <= known.keys():
+                try:
+                    first = own(first_state(slot, stage, member), member.param.detach())
+                except Exception as error:
+                    locate(error, f"{slot}, {member.place()}")
+                    raise
+                if not known:
+                    self.new[member.param] = None
+                states[slot] = {**{key: first[key] for key in early}, **known}
+
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
 
@@ -216,12 +232,14 @@ class TransformStates:
         return TransformStates(by_param), {**state_dict, "state": bare}
 
     @contextmanager
-    def averaged(self, post: Chain) -> Iterator[None]:
+    def averaged(self, post: Chain, members: Iterable[Member]) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
         found = {param: _averages(post, states.get("post", {}), param) for param, states in self.by_param.items()}
         if any(len(averages) > 1 for averages in found.values()):
             raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
         averages = {param: each[0] for param, each in found.items() if each}
+        if not averages and not any(_averages(post, first_state("post", post, m), m.param.detach()) for m in members):
+            raise ValueError(f"post keeps no average; put param_ema or lookahead into it, got post={show(post)}")
         current = {param: param.detach().clone() for param in averages}
         try:
             _write(averages)

@@ -277,6 +277,11 @@ class _Hooks:
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
+        try:
+            self.engine.begin()
+        except Exception:
+            self.remove(attached)
+            raise
 
     def remove(self, attached: Attached) -> None:
         """Leave the optimizer as if it had never been there."""

@@ -243,6 +243,7 @@ class ParamTransformingOptimizer(Optimizer):
         self._own_defaults = self.inner_opt.__dict__["_gradchain_defaults"] = defaults
         self.__dict__.update(chains)
         self._engine.drop_states_of_others(slot)
+        self._engine.begin()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; see the class.
@@ -390,6 +391,9 @@ class ParamTransformingOptimizer(Optimizer):
 
         Parameters without an average, and all of them before the first step, stay as they are.
 
+        Raises:
+            ValueError: ``post`` keeps no average, or two of one parameter.
+
         Example:
             >>> from gradchain import param_ema
             >>> x = torch.tensor([1.0], requires_grad=True)
@@ -410,6 +414,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.add_param_group(param_group)
         try:
             check_group(len(self.param_groups) - 1, self.param_groups[-1], self._engine.chains())
+            self._engine.begin()
         except Exception:
             del self.param_groups[-1]
             raise
@@ -454,6 +459,7 @@ class ParamTransformingOptimizer(Optimizer):
         self._engine = Engine(self, state["_states"], state["_numbered"])
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
+        self._engine.begin()
 
     def __getattr__(self, name: str) -> Any:
         # Some optimizers have a mode, and frameworks ask for it with hasattr. All else stays hidden: what a GradScaler
