@@ -585,9 +585,8 @@ def test_plateau() -> None:
     tx = optax.contrib.reduce_on_plateau(factor=0.5, patience=5, rtol=1e-4)
     state = tx.init(jnp.ones(1))
     optim = ParamTransformingOptimizer([torch.ones(1, requires_grad=True)], SGD, pre=gc.clip_by_rms(1.0), lr=LR)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        gc.as_lr(optim, "clip_by_rms.threshold"), factor=0.5, patience=4, threshold=1e-4
-    )
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    scheduler = gc.schedule(optim, "clip_by_rms.threshold", plateau, factor=0.5, patience=4, threshold=1e-4)
     scales = []
     for step in range(3 * STEPS):
         value = 1.0 if step else 2.0
