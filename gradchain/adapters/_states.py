@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from gradchain.adapters._construction import describe
 from gradchain.adapters._plan import map_state, own
+from gradchain.broadcast import Broadcast
 from gradchain.chain import Chain
 from gradchain.masked import Masked
-from gradchain.transform import Combinator, Group, Stage, State, locate, show
+from gradchain.transform import Combinator, Each, Group, Stage, State, locate, show
 
 ByParam: TypeAlias = dict[Tensor, State]
 
@@ -238,7 +239,7 @@ class TransformStates:
         if any(len(averages) > 1 for averages in found.values()):
             raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
         averages = {param: each[0] for param, each in found.items() if each}
-        if not averages and not any(_averages(post, first_state("post", post, m), m.param.detach()) for m in members):
+        if not averages and not any(_keeps_average(post, member.group) for member in members):
             raise ValueError(f"post keeps no average; put param_ema or lookahead into it, got post={show(post)}")
         current = {param: param.detach().clone() for param in averages}
         try:
@@ -336,6 +337,16 @@ def _averages(stage: Stage, state: State, param: Tensor) -> list[Tensor]:
         below = [(stage.stages[index], state[key]) for index, key in stage.keys.items() if key in state]
         return [average for member, of_it in below for average in _averages(member, of_it, param)]
     return [state["average"]] if "average" in state else []
+
+
+def _keeps_average(stage: Stage, group: Group) -> bool:
+    """Whether there is a transform in ``stage`` that keeps averages, for whatever parameters."""
+    if isinstance(stage, Combinator):
+        return any(_keeps_average(member, group) for member in stage.stages)
+    each = stage.stage if isinstance(stage, Broadcast) else stage
+    like = torch.zeros(1)
+    identity = {"slot": "post", "index": 0, "shape": (1,)}
+    return isinstance(each, Each) and "average" in each.begin(like, {**group, **identity, "param": like})
 
 
 def _require_like(state: Any, expected: State, *path: str) -> None:

@@ -367,7 +367,11 @@ def test_no_average(post: Any) -> None:
 
 
 # found: 32
-@pytest.mark.parametrize("post", [param_ema(0.9), chain(project_l2_ball(1.0), lookahead(2, 0.5))], ids=repr)
+@pytest.mark.parametrize(
+    "post",
+    [param_ema(0.9), chain(project_l2_ball(1.0), lookahead(2, 0.5)), masked(param_ema(0.9), lambda group: False)],
+    ids=repr,
+)
 def test_before_the_first_step_the_average_is_the_parameter(post: Any) -> None:
     optim = ParamTransformingOptimizer(params(1), SGD, post=post)
     with optim.averaged():
