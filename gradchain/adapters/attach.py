@@ -368,8 +368,10 @@ class _Hooks:
         if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
             return None
         _require_unscaled(self.inner_opt)
-        if not (self._saves_with_hooks or self.engine.states.by_param):
-            self.engine.adopt(TransformStates.taken_out_of(self.inner_opt))
+        if not (self._saves_with_hooks or self.engine.states.are_shown):
+            loaded = TransformStates.taken_out_of(self.inner_opt)
+            if loaded.by_param:
+                self.engine.adopt(loaded)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None and is_rehearsal(self.param_groups):
             self._running = _Running(frame, self.engine.start)

@@ -184,6 +184,7 @@ class ParamTransformingOptimizer(Optimizer):
         if not earlier:
             self._engine.adopt(loaded)
             self._engine.follow()
+        self._engine.begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -459,7 +460,6 @@ class ParamTransformingOptimizer(Optimizer):
         self._engine = Engine(self, state["_states"], state["_numbered"])
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
-        self._engine.begin()
 
     def __getattr__(self, name: str) -> Any:
         # Some optimizers have a mode, and frameworks ask for it with hasattr. All else stays hidden: what a GradScaler
