@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._sharding import gather_anew
 from gradchain.adapters._construction import describe
 from gradchain.adapters._plan import map_state, own
 from gradchain.broadcast import Broadcast
@@ -329,6 +330,7 @@ def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> l
 def _write(values: Mapping[Tensor, Tensor]) -> None:
     for param, value in values.items():
         param.copy_(value)
+    gather_anew(values)
 
 
 @torch.no_grad()
