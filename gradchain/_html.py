@@ -26,11 +26,11 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
 
 def show_chain(stages: Iterable[str]) -> Html:
     """A chain, given how its stages print: a list that numbers them as errors and states do."""
-    return element("div", element("code", "chain"), _stages(stages))
+    return element("div", element("code", "chain"), _stages((stage, "") for stage in stages))
 
 
-def show_optimizer(name: str, slots: Mapping[str, Iterable[str]], inner_opt: object) -> Html:
-    """An optimizer with the stages of its slots, and the inner one, folded."""
+def show_optimizer(name: str, slots: Mapping[str, Iterable[tuple[str, str]]], inner_opt: object) -> Html:
+    """An optimizer with the stages of its slots and what each acts on, and the inner one, folded."""
     inner = element("details", element("summary", type(inner_opt).__name__), element("pre", repr(inner_opt)))
     cells = {**{slot: _stages(stages) for slot, stages in slots.items()}, "inner_opt": inner}
     rows = (element("tr", element("th", key), element("td", cell, style=_LEFT)) for key, cell in cells.items())
@@ -40,5 +40,9 @@ def show_optimizer(name: str, slots: Mapping[str, Iterable[str]], inner_opt: obj
 _LEFT = "text-align: left"
 
 
-def _stages(stages: Iterable[str]) -> Html:
-    return element("ol", *(element("li", element("code", stage)) for stage in stages), start="0", style="margin: 0")
+def _stages(stages: Iterable[tuple[str, str]]) -> Html:
+    items = (
+        element("li", element("code", stage), *([" ", element("small", acts_on)] if acts_on else []))
+        for stage, acts_on in stages
+    )
+    return element("ol", *items, start="0", style="margin: 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,6 +18,13 @@ _COMPARISONS: dict[type, tuple[str, str, Callable[[Any, Any], Any]]] = {
     annotated_types.Lt: ("lt", "<", operator.lt),
     annotated_types.Le: ("le", "<=", operator.le),
 }
+
+
+def as_number(value: Any) -> Any:
+    """A number of another library as Python's own, as ``torch.load(weights_only=True)`` needs it; else as is."""
+    if type(value) in (int, float, bool) or isinstance(value, Tensor):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def validate(key: str, hint: Any, value: Any) -> None:
@@ -68,5 +75,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is Sequence:
+        return "a sequence"
     names: dict[Any, str] = {float: "a number", int: "an integer", NoneType: "None", Tensor: "a tensor"}
     return names.get(kind) or str(getattr(kind, "__name__", kind))

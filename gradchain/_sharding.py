@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,3 +125,15 @@ def collect(value: Tensor, like: Any) -> Tensor:
     each = DTensor.from_local(value.reshape(1), like.device_mesh, placements, run_check=False)
     collected: Tensor = each.full_tensor()
     return collected
+
+
+def gather_anew(params: Iterable[Tensor]) -> None:
+    """Let modules of ``fully_shard`` forget the whole parameters that they keep, now that ``params`` have been written.
+
+    After a forward pass without gradients, the outermost module keeps them until the next backward pass.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(map(is_distributed, params)):
+        for module in gc.get_objects():  # parameters do not know their modules
+            if issubclass(type(module), fsdp.FSDPModule):
+                module.reshard()

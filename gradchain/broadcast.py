@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import Tensor
 from torch.func import vmap
 
+from gradchain._ranges import as_number
 from gradchain.chain import Chain
 from gradchain.transform import (
     CONTEXT,
@@ -72,7 +73,7 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
         chain(broadcast(normalize(), param_ndim=1), broadcast(<lambda>, param_ndim=None))
     """
     if not isinstance(param_ndim, FromGroup):
-        require_param_ndim(param_ndim)
+        param_ndim = require_param_ndim(as_number(param_ndim))
     if isinstance(transform, Broadcast):
         return transform
     if isinstance(transform, Combinator):
@@ -95,6 +96,8 @@ class Broadcast(Each):
         self.measures = stage.measures
         self.measures_shards = stage.measures_shards
         self.skip_keys = stage.skip_keys
+        self.keeps_average = stage.keeps_average
+        self.starts_early = stage.starts_early
 
     @property
     def state_name(self) -> str:
@@ -105,6 +108,10 @@ class Broadcast(Each):
         """Those of the transform."""
         return self.stage.functions()
 
+    def shares(self, key: str) -> bool:
+        """Whether the transform shares it."""
+        return self.stage.shares(key)
+
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """Those of the transform."""
         return self.stage.averages(state, param)
@@ -113,15 +120,19 @@ class Broadcast(Each):
         """Ask the transform."""
         self.stage.after_skip(state)
 
-    def init(self, tensor: Tensor, group: Group) -> State:
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return self.stage.start(tensor, group)
+
+    def begin(self, tensor: Tensor, group: Group) -> State:
         """The first state: that of each sub-tensor, stacked."""
         if self.shares_state:
-            return self.stage.init(tensor, group)
+            return self.stage.begin(tensor, group)
 
-        def init(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.init(sub_tensor, group | sub_context)
+        def begin(sub_tensor: Tensor, sub_context: Group) -> State:
+            return self.stage.begin(sub_tensor, group | sub_context)
 
-        state: State = self._map(init, tensor, group)(tensor, _context(group))
+        state: State = self._map(begin, tensor, group)(tensor, _context(group))
         return state
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
@@ -162,6 +173,14 @@ class Broadcast(Each):
             function = vmap(function, randomness="different")
         return function
 
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What it acts on; see ``Stage.units``."""
+        units = self.stage.units(tensor, group)
+        if units != (tensor.ndim,):
+            return units
+        ndim = self.unit_ndim(tensor.ndim, group)
+        return units if ndim is None else (ndim,)
+
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
         self.stage.check(group)
@@ -173,12 +192,11 @@ class Broadcast(Each):
 
     def unit_ndim(self, ndim: int, group: Group) -> int | None:
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
-        param_ndim, transform = self.param_ndim, self.transform
-        if isinstance(transform, BoundTransform) and transform.is_seeded:
+        param_ndim = self.param_ndim
+        acts_on = self.transform.acts_on if isinstance(self.transform, BoundTransform) else "unit"
+        if acts_on == "element" or (acts_on == "tensor" and isinstance(param_ndim, FromGroup)):
             return None
         if isinstance(param_ndim, FromGroup):
-            if isinstance(transform, BoundTransform) and transform.is_whole:
-                return None
             if "param_ndim" not in group:
                 raise ValueError(
                     f'{self!r} reads group["param_ndim"], which is not there; give it here: broadcast(..., param_ndim)'

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from gradchain._html import Html, element
 from gradchain._sharding import gather
+from gradchain._units import show_units
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, State, Transform, show
+from gradchain.transform import Group, Stage, State, Transform, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEADER = ("stage", "2-norm", "rms", "min", "max", "mean", "zero", "non-finite", "cosine", "changed")
+HEADER = ("stage", "acts on", "2-norm", "rms", "min", "max", "mean", "zero", "non-finite", "cosine", "changed")
 
 BINS = 50
+
+_LEFT = "text-align: left"
 
 
 @torch.no_grad()
@@ -47,15 +50,15 @@ def explain(
         Exception: What a stage raises, with its place in the chain.
 
     Example:
-        >>> from gradchain import chain, clip_by_norm, keep_top_q, zero_nonfinite
+        >>> from gradchain import chain, keep_top_q, normalize, zero_nonfinite
         >>> x = torch.tensor([3.0, -4.0, 1.0, float("nan")])
-        >>> explanation = explain(chain(zero_nonfinite(), keep_top_q(0.5), clip_by_norm(1.0)), x)
+        >>> explanation = explain(chain(zero_nonfinite(), keep_top_q(0.5), normalize()), x)
         >>> explanation
-        stage                         2-norm    rms   min  max    mean  zero  non-finite  cosine  changed
-        input                          5.099  2.944    -4    3       0    0%         25%       1
-          zero_nonfinite()             5.099   2.55    -4    3       0   25%          0%       1      25%
-          keep_top_q(q=0.5)                5    2.5    -4    3   -0.25   50%          0%  0.9806      25%
-          clip_by_norm(max_norm=1.0)       1    0.5  -0.8  0.6   -0.05   50%          0%  0.9806      50%
+        stage                acts on             2-norm    rms   min  max    mean  zero  non-finite  cosine  changed
+        input                                     5.099  2.944    -4    3       0    0%         25%       1
+          zero_nonfinite()   each of 4 elements   5.099   2.55    -4    3       0   25%          0%       1      25%
+          keep_top_q(q=0.5)  the whole tensor         5    2.5    -4    3   -0.25   50%          0%  0.9806      25%
+          normalize()        the whole tensor         1    0.5  -0.8  0.6   -0.05   50%          0%  0.9806      50%
         >>> explanation.rows[-1].max
         0.6000000238418579
     """
@@ -65,12 +68,13 @@ def explain(
     stages, state = copy.deepcopy((chain(transform), state))
     tensor, group = tensor.detach().clone(), dict(group or {})
     record = Record()
-    record.start("input", [tensor], [{}])
+    record.start("input", [tensor], [group])
     with forked_rng([tensor]):
         if state is None:
             state = stages.init(group.get("param", tensor), group)
-        for member, results in zip(stages, stages.run_stages([tensor], [group], [state], [{}]), strict=True):
-            record.note(show(member), results)
+        run = stages.run_stages([tensor], [group], [state], [{}])
+        for member, stage, results in zip(stages, stages.stages, run, strict=True):
+            record.note(show(member), stage, results)
     return record.explanation()
 
 
@@ -83,6 +87,7 @@ class Row:
 
     Attributes:
         stage: How the stage prints, or the name of the input.
+        acts_on: The parts that the stage acts on, each by itself, such as ``"each of 64 rows"``; None for an input.
         norm: The 2-norm.
         rms: The root mean square.
         min: The smallest element.
@@ -96,6 +101,7 @@ class Row:
     """
 
     stage: str
+    acts_on: str | None
     norm: float
     rms: float
     min: float
@@ -145,20 +151,16 @@ class Explanation:
 
     def __repr__(self) -> str:
         stages = [row.stage if row.changed is None else f"  {_shorten(row.stage)}" for row in self.rows]
-        lines = [HEADER, *((stage, *row.cells()) for stage, row in zip(stages, self.rows, strict=True))]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = (
-            "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
-            for first, *cells in lines
-        )
-        return "\n".join(line.rstrip() for line in aligned)
+        rows = [(stage, row.acts_on or "", *row.cells()) for stage, row in zip(stages, self.rows, strict=True)]
+        columns = [list(column) for column in zip(HEADER, *rows, strict=True)]
+        for number, column in enumerate(columns):
+            width = max(map(len, column))
+            columns[number] = [cell.ljust(width) if number < 2 else cell.rjust(width) for cell in column]
+        return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
     def _repr_html_(self) -> str:
         header = element("tr", *(element("th", name, scope="col") for name in HEADER))
-        rows = (
-            element("tr", _html_stage(row), *(element("td", cell, style="text-align: right") for cell in row.cells()))
-            for row in self.rows
-        )
+        rows = (element("tr", *_html_cells(row)) for row in self.rows)
         return element("table", element("thead", header), element("tbody", *rows))
 
     def plot(self) -> Figure:
@@ -200,29 +202,30 @@ class Record:
         self._parameters: dict[int, Explanation] = {}
         self._inputs: Sequence[Tensor] = ()
         self._before: Sequence[Tensor] = ()
-        self._identities: Sequence[Group] = ()
+        self._groups: Sequence[Group] = ()
 
-    def start(self, input: str, tensors: Sequence[Tensor], identities: Sequence[Group]) -> None:
-        """Note what the first stage of a slot gets, and the number and the name of the parameters, if they have any."""
+    def start(self, input: str, tensors: Sequence[Tensor], groups: Sequence[Group]) -> None:
+        """Note what the first stage of a slot gets, and the groups, with number and name of parameters if there are."""
         self._inputs = self._before = [tensor.clone() for tensor in tensors]  # an optimizer writes to them
-        self._identities = identities
-        self._add(input, tensors, is_input=True)
+        self._groups = groups
+        self._add(input, None, tensors)
 
-    def note(self, stage: str, tensors: Sequence[Tensor]) -> None:
-        """Note what the next stage has made of the tensors."""
-        self._add(stage, tensors, is_input=False)
+    def note(self, label: str, stage: Stage, tensors: Sequence[Tensor]) -> None:
+        """Note what the next stage, which prints as ``label``, has made of the tensors."""
+        self._add(label, stage, tensors)
         self._before = [tensor.clone() for tensor in tensors]
 
-    def _add(self, stage: str, tensors: Sequence[Tensor], *, is_input: bool) -> None:
+    def _add(self, label: str, stage: Stage | None, tensors: Sequence[Tensor]) -> None:
         """Add the row of all tensors, and those of their parameters."""
         triples = zip(tensors, self._inputs, self._before, strict=True)
         parts = [[_measure(*pieces) for pieces in zip(*map(_pieces, triple), strict=True)] for triple in triples]
-        self._rows.append(_make_row(stage, tensors, [*itertools.chain.from_iterable(parts)], is_input=is_input))
-        for tensor, own_parts, identity in zip(tensors, parts, self._identities, strict=True):
-            if "index" in identity and tensor.numel():
-                number = identity["index"]
-                known = self._parameters.get(number, Explanation((), (), number, identity.get("name")))
-                row = _make_row(stage, [tensor], own_parts, is_input=is_input)
+        whole = [*itertools.chain.from_iterable(parts)]
+        self._rows.append(_make_row(label, _acts_on(stage, tensors, self._groups), tensors, whole))
+        for tensor, own_parts, group in zip(tensors, parts, self._groups, strict=True):
+            if "index" in group and tensor.numel():
+                number = group["index"]
+                known = self._parameters.get(number, Explanation((), (), number, group.get("name")))
+                row = _make_row(label, _acts_on(stage, [tensor], [group]), [tensor], own_parts)
                 self._parameters[number] = replace(known, rows=(*known.rows, row))
 
     def explanation(self) -> Explanation:
@@ -249,12 +252,17 @@ def _measure(values: Tensor, inputs: Tensor, before: Tensor) -> _Part:
     return _Part(sums.tolist(), float(low), float(high))
 
 
-def _make_row(stage: str, tensors: Sequence[Tensor], parts: Sequence[_Part], *, is_input: bool) -> Row:
+def _acts_on(stage: Stage | None, tensors: Sequence[Tensor], groups: Sequence[Group]) -> str | None:
+    return None if stage is None else show_units(stage, tensors, groups)
+
+
+def _make_row(label: str, acts_on: str | None, tensors: Sequence[Tensor], parts: Sequence[_Part]) -> Row:
     columns = zip(*(part.sums for part in parts), strict=True)
     elements, finite, zeros, changed, total, squares, product, input_squares = map(sum, columns)
     low, high = min(part.low for part in parts), max(part.high for part in parts)
     return Row(
-        stage,
+        label,
+        acts_on,
         norm=math.sqrt(squares),
         rms=math.sqrt(_ratio(squares, finite)),
         min=low if finite else math.nan,
@@ -263,7 +271,7 @@ def _make_row(stage: str, tensors: Sequence[Tensor], parts: Sequence[_Part], *, 
         zero=_ratio(zeros, elements),
         nonfinite=_ratio(elements - finite, elements),
         cosine=_ratio(product, math.sqrt(squares) * math.sqrt(input_squares)),
-        changed=None if is_input else _ratio(changed, elements),
+        changed=None if acts_on is None else _ratio(changed, elements),
         histogram=_histogram(tensors, low, high),
     )
 
@@ -310,8 +318,10 @@ def _shorten(text: str, length: int = 50) -> str:
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
-def _html_stage(row: Row) -> Html:
-    left = "text-align: left"
+def _html_cells(row: Row) -> list[Html]:
     if row.changed is None:
-        return element("th", row.stage, scope="row", style=left)
-    return element("td", element("code", row.stage), style=f"{left}; padding-left: 2em")
+        stage = element("th", row.stage, scope="row", style=_LEFT)
+    else:
+        stage = element("td", element("code", row.stage), style=f"{_LEFT}; padding-left: 2em")
+    acts_on = element("td", row.acts_on or "", style=_LEFT)
+    return [stage, acts_on, *(element("td", cell, style="text-align: right") for cell in row.cells())]

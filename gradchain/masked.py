@@ -114,7 +114,7 @@ def freeze(where: Where) -> Combinator:
     return masked(set_to_zero(), where)
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
     """Replace by zeros."""
     return torch.zeros_like(tensor)
@@ -187,6 +187,10 @@ class Masked(Combinator):
                 locate(error, group[PLACE])
             raise
 
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What the transform acts on, if the parameter is selected; see ``Stage.units``."""
+        return super().units(tensor, group) if self.selects(group) else ()
+
     def selects(self, group: Group) -> bool:
         """Whether the transform is for the parameter of ``group``, at least in part."""
         if isinstance(self.where, Tensor):
@@ -251,6 +255,10 @@ class Partition(Combinator):
     def rebuild(self, members: Sequence[Transform]) -> Partition:
         """The same with other transforms."""
         return Partition(dict(zip(self.kinds, members, strict=True)), self.by)
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What the transform for this kind acts on; see ``Stage.units``."""
+        return self.stages[self.kind(group)].units(tensor, group)
 
     def kind(self, group: Group) -> int:
         """Which of the stages is for the parameter of ``group``."""

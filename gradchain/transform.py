@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import is_
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, get_type_hints, overload
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, get_type_hints, overload
 
 import torch
 from torch import Generator, Tensor
 
-from gradchain._ranges import validate
+from gradchain._ranges import as_number, validate
 
 P = ParamSpec("P")
 
@@ -48,6 +48,9 @@ class FromGroup(enum.Enum):
 
 FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
+
+ActsOn: TypeAlias = Literal["unit", "tensor", "element"]
+"""What a function is written for: see ``transform``."""
 
 PLACE = "place"
 """The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
@@ -82,11 +85,15 @@ class TransformFactory(Protocol[P]):
 def transform(function: Callable[Concatenate[Tensor, Group, P], Tensor], /) -> TransformFactory[P]: ...
 @overload
 def transform(
-    *, whole: bool = False, measure: Callable[..., Group] | None = None, measures_shards: bool = False
+    *, acts_on: ActsOn = "unit", measure: Callable[..., Group] | None = None, measures_shards: bool = False
 ) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
 @overload
 def transform(
-    *, init: Callable[..., State], whole: bool = False, seeded: bool = False, average: str | None = None
+    *,
+    init: Callable[..., State],
+    start: Callable[..., Tensor] | None = None,
+    acts_on: ActsOn = "unit",
+    average: str | None = None,
 ) -> Callable[[Callable[Concatenate[Tensor, Group, State, P], tuple[Tensor, State]]], TransformFactory[P]]: ...
 @overload
 def transform(
@@ -94,7 +101,7 @@ def transform(
     init: Callable[..., State],
     measure: Callable[..., tuple[Group, State]],
     measures_shards: bool = False,
-    whole: bool = False,
+    acts_on: ActsOn = "unit",
     skip: str | None = None,
 ) -> Callable[[Callable[Concatenate[Tensor, Group, P], Tensor]], TransformFactory[P]]: ...
 def transform(
@@ -102,8 +109,8 @@ def transform(
     /,
     *,
     init: Callable[..., State] | None = None,
-    whole: bool = False,
-    seeded: bool = False,
+    start: Callable[..., Tensor] | None = None,
+    acts_on: ActsOn = "unit",
     measure: Callable[..., Any] | None = None,
     measures_shards: bool = False,
     average: str | None = None,
@@ -124,9 +131,13 @@ def transform(
         init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
             tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)`` and
             returns a new state. ``clone()`` what is kept of an input: an optimizer writes to it later.
-        whole: The formula itself says what it acts on: each element, or certain dimensions. The ``param_ndim`` of a
-            group is not for it; an explicit ``broadcast(t, param_ndim)`` is.
-        seeded: It draws random numbers for the whole tensor, from a generator in its state. No ``broadcast`` is for it.
+        start: Says where the state starts, for one that depends on it. ``start(tensor, group, **arguments)`` returns
+            what ``init`` sees in place of a parameter ``tensor``, which is the whole one whatever ``param_ndim`` is. An
+            optimizer makes such a state when it is constructed, or when the parameter is added; others wait for the
+            first step.
+        acts_on: What the function is written for. ``"unit"`` is a tensor that ``broadcast`` and the ``param_ndim`` of a
+            group choose. ``"tensor"`` is the whole tensor, whatever the ``param_ndim`` of a group; an explicit
+            ``broadcast(t, param_ndim)`` counts. ``"element"`` is each element, so that no ``broadcast`` is needed.
         measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
             a dict that the function finds in its group. The tensors are as they are, half precision included, and the
             arguments those of the first group. With ``init`` too, the state is that of the measure, one for all
@@ -172,7 +183,7 @@ def transform(
     """
 
     def decorate(function: Callable[..., Any]) -> TransformFactory[...]:
-        return _Definition(function, init, whole, seeded, measure, measures_shards, average, skip).factory
+        return _Definition(function, init, start, acts_on, measure, measures_shards, average, skip).factory
 
     return decorate if function is None else decorate(function)
 
@@ -204,6 +215,9 @@ class Stage(ABC):
     shares_state: bool = False
     """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
 
+    starts_early: bool = False
+    """Whether there is state that is to be made when an optimizer is constructed, and not in its first step."""
+
     measures: bool = False
     """Whether it has to see all tensors of the optimizer together."""
 
@@ -215,6 +229,9 @@ class Stage(ABC):
 
     skip_keys: tuple[str, ...] = ()
     """The keys of its state that say whether to call the step off."""
+
+    keeps_average: bool = False
+    """Whether its state holds an average of the parameter, to evaluate with."""
 
     @property
     @abstractmethod
@@ -238,6 +255,14 @@ class Stage(ABC):
     @abstractmethod
     def functions(self) -> Iterable[Callable[..., Any]]:
         """The functions that it calls for each tensor."""
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """How many dimensions the parts of ``tensor`` have on which it acts, each by itself.
+
+        These are 0 for each element, and ``tensor.ndim`` for the whole tensor. None says that it acts on all tensors of
+        an optimizer together. It is empty where it leaves the tensor alone, and a combinator can have several.
+        """
+        return (tensor.ndim,)
 
     def __call__(self, tensor: Tensor, group: Group | None = None, /) -> Tensor:
         if self.stateful:
@@ -266,6 +291,10 @@ class Stage(ABC):
         """The stages that it is made of, in order, each with those of the tensors ``numbers`` that it is for."""
         yield Part(self, path, numbers, places)
 
+    def shares(self, key: str) -> bool:
+        """Whether what its state has under ``key`` is one for all tensors."""
+        return False
+
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """The averages of ``param`` in its state, to evaluate with."""
         return []
@@ -280,6 +309,18 @@ class Stage(ABC):
 
 class Each(Stage):
     """A stage that measures all tensors at most, and then acts on each by itself."""
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        return self.begin(self.start(tensor, group), group)
+
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return tensor
+
+    @abstractmethod
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """The first state that starts at ``tensor``."""
 
     @abstractmethod
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -320,7 +361,7 @@ class Function(Each):
         self.function = function
         self.hyperparameters = {}
 
-    def init(self, tensor: Tensor, group: Group) -> State:
+    def begin(self, tensor: Tensor, group: Group) -> State:
         """There is no state."""
         return {}
 
@@ -399,14 +440,18 @@ class BoundTransform(Each):
         return [state[key]] if key in state else []
 
     @property
-    def is_whole(self) -> bool:
-        """Whether its formula says what it acts on, so that the ``param_ndim`` of a group is not for it."""
-        return self.definition.whole
+    def keeps_average(self) -> bool:  # type: ignore[override]
+        """Whether its state holds an average."""
+        return self.definition.average is not None
 
     @property
-    def is_seeded(self) -> bool:
-        """Whether it draws random numbers for the whole tensor, so that no ``broadcast`` is for it."""
-        return self.definition.seeded
+    def acts_on(self) -> ActsOn:
+        """What the function is written for."""
+        return self.definition.acts_on
+
+    def shares(self, key: str) -> bool:
+        """Whether its state depends on the view over all tensors."""
+        return self.shares_state
 
     def functions(self) -> Iterable[Callable[..., Any]]:
         """The function that was decorated."""
@@ -416,6 +461,11 @@ class BoundTransform(Each):
         """Call the rule that was registered with ``on_skip``."""
         if state:  # or the parameter is not selected
             self.definition.after_skip(state, **self.arguments)
+
+    @property
+    def starts_early(self) -> bool:  # type: ignore[override]
+        """Whether its state depends on where a parameter starts."""
+        return self.definition.start is not None
 
     @property
     def state_name(self) -> str:
@@ -468,14 +518,24 @@ class BoundTransform(Each):
         """``change(self)``."""
         return change(self)
 
-    def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return tensor if self.definition.start is None else self.definition.start(tensor, group, **self._read(group))
+
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """The first state that starts at ``tensor``; empty where there is none to keep."""
         if self.definition.init is None:
             return {}
         state = self.definition.init(*widen(tensor, group), **self._read(group))
         if not _is_state(state):
             raise TypeError(f"{self!r}: init must return a dict of tensors, got {state!r}")
         return state
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What it acts on; see ``Stage.units``."""
+        if self.definition.measure is not None:
+            return (None,)
+        return (0 if self.acts_on == "element" else tensor.ndim,)
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
         """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
@@ -577,7 +637,7 @@ class BoundTransform(Each):
         )
 
     def __hash__(self) -> int:
-        values = (None if isinstance(v, Tensor | Generator) else v for v in self.arguments.values())
+        values = (None if isinstance(v, Tensor | Generator | list | tuple) else v for v in self.arguments.values())
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -595,8 +655,8 @@ class _Definition:
         self,
         function: Callable[..., Any],
         init: Callable[..., State] | None,
-        whole: bool,
-        seeded: bool,
+        start: Callable[..., Tensor] | None,
+        acts_on: ActsOn,
         measure: Callable[..., Any] | None,
         measures_shards: bool,
         average: str | None,
@@ -625,8 +685,8 @@ class _Definition:
         parameters = parameters[given:]
         self.function = function
         self.init = init
-        self.whole = whole
-        self.seeded = seeded
+        self.start = start
+        self.acts_on = acts_on
         self.measure = measure
         self.measures_shards = measures_shards
         self.average = average
@@ -648,8 +708,9 @@ class _Definition:
                 locate(error, self.name)
                 raise
             call.apply_defaults()
-            self.validate(call.arguments, self.name, {})
-            return BoundTransform(self, call.arguments, self.name)
+            arguments = {name: as_number(value) for name, value in call.arguments.items()}
+            self.validate(arguments, self.name, {})
+            return BoundTransform(self, arguments, self.name)
 
         def register_check(rule: Callable[..., None]) -> Callable[..., None]:
             self.check = rule
@@ -704,6 +765,8 @@ class Combinator(Stage):
         self.hyperparameters = merge_hyperparameters(self.places())
         self.stateful = any(stage.stateful for stage in self.stages)
         self.shares_state = any(stage.shares_state for stage in self.stages)
+        self.starts_early = any(stage.starts_early for stage in self.stages)
+        self.keeps_average = any(stage.keeps_average for stage in self.stages)
         self.measures = any(stage.measures for stage in self.stages)
         self.acts_on_each = not self.measures
         self.keys = _state_keys(self.stages)
@@ -715,6 +778,11 @@ class Combinator(Stage):
     def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of its members."""
         return tuple(self.path(i) + key for i in self.keys for key in self.stages[i].skip_keys)
+
+    def shares(self, key: str) -> bool:
+        """Whether the member shares it whose state it is of."""
+        members = [(self.stages[index], self.path(index)) for index in self.keys]
+        return any(key.startswith(path) and stage.shares(key[len(path) :]) for stage, path in members)
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """Those of its members."""
@@ -755,6 +823,10 @@ class Combinator(Stage):
     def places(self) -> list[tuple[str, Stage]]:
         """The members, each with the words that say where it is."""
         return [(self.place(index), stage) for index, stage in enumerate(self.stages)]
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What its members act on; see ``Stage.units``."""
+        return tuple(dict.fromkeys(unit for stage in self.stages for unit in stage.units(tensor, group)))
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
@@ -969,6 +1041,8 @@ def is_same(a: object, b: object) -> bool:
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, Generator) and isinstance(b, Generator):
         return a.device == b.device and torch.equal(a.get_state(), b.get_state())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(is_same, a, b))
     return not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b)
 
 

@@ -88,6 +88,7 @@ CASES = [
     Case(gc.decay_to_init(0.1)),
     Case(gc.project_ball_around_reference(0.5, lower=-1.0, upper=1.0)),
     Case(gc.project_ball_around_reference(0.5, ord=1)),
+    Case(gc.project_ball_around_reference(0.5, reference=tensor(0.5))),
     Case(gc.project_ball_around_reference(0.5, ord=inf, upper=1.0)),
     Case(gc.keep_top_q(0.25)),
     Case(gc.keep_top_q(0.5, dq=0.4), skip=DRAWS),

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -27,12 +28,14 @@ from gradchain import (
     attach,
     broadcast,
     cautious,
+    centralize,
     chain,
     clamp,
     clip_by_global_norm,
     clip_by_history,
     clip_by_norm,
     ema,
+    freeze,
     keep_top_q,
     masked,
     normalize,
@@ -100,7 +103,7 @@ def test_nothing(tensor: Tensor) -> None:
     row = explanation.rows[1]
     assert row.norm == 0
     assert all(math.isnan(v or 0) for v in (row.min, row.max, row.mean, row.rms, row.zero, row.nonfinite, row.cosine))
-    assert repr(explanation).splitlines()[2].split() == ["sign()", "0", *["-"] * 8]
+    assert repr(explanation).splitlines()[2].split() == ["sign()", "each", "of", "0", "elements", "0", *["-"] * 8]
 
 
 def test_nothing_finite() -> None:
@@ -136,8 +139,10 @@ def test_integers(dtype: torch.dtype) -> None:
 def test_complex_elements_count_as_two() -> None:
     x = torch.tensor([3 + 4j, 0 - 2j])
     assert explain(chain(), x.conj()).rows[0].min == -4
-    as_complex, as_real = explain(scale(2.0), x), explain(scale(2.0), torch.view_as_real(x))
-    assert as_complex == as_real
+    for as_complex, as_real in zip(
+        explain(scale(2.0), x).rows, explain(scale(2.0), torch.view_as_real(x)).rows, strict=True
+    ):
+        assert replace(as_complex, acts_on=None) == replace(as_real, acts_on=None)
 
 
 @pytest.mark.parametrize("size", [2**15, 2**15 + 1, 100_000])
@@ -224,10 +229,14 @@ def test_prints_as_a_table() -> None:
 
     explanation = explain(chain(halve, clamp(-0.0, 1e-5)), torch.tensor([-0.5, 0.0, 4.0, NAN]))
     assert repr(explanation).splitlines() == [
-        "stage                         2-norm        rms    min    max       mean  zero  non-finite  cosine  changed",
-        "input                          4.031      2.327   -0.5      4      1.167   25%         25%       1",
-        "  halve                        2.016      1.164  -0.25      2     0.5833   25%         25%       1      50%",
-        "  clamp(min=-0.0, max=1e-05)   1e-05  5.774e-06      0  1e-05  3.333e-06   50%         25%  0.9923      50%",
+        "stage                         acts on             "
+        "2-norm        rms    min    max       mean  zero  non-finite  cosine  changed",
+        "input                                             "
+        " 4.031      2.327   -0.5      4      1.167   25%         25%       1",
+        "  halve                       the whole tensor    "
+        " 2.016      1.164  -0.25      2     0.5833   25%         25%       1      50%",
+        "  clamp(min=-0.0, max=1e-05)  each of 4 elements  "
+        " 1e-05  5.774e-06      0  1e-05  3.333e-06   50%         25%  0.9923      50%",
     ]
 
 
@@ -247,6 +256,68 @@ def test_is_a_value() -> None:
         explanation["fc.weight"]
 
 
+# found: 31
+@pytest.mark.parametrize(
+    ("t", "shape", "group", "acts_on"),
+    [
+        (normalize(), (64, 10), {}, "the whole tensor"),
+        (broadcast(normalize(), -1), (64, 10), {}, "each of 64 rows"),
+        (broadcast(normalize(), -1), (10,), {}, "each of 10 elements"),
+        (broadcast(normalize()), (8, 3, 5), {"param_ndim": -1}, "each of 8 sub-tensors of shape (3, 5)"),
+        (broadcast(normalize()), (8, 3, 5), {"param_ndim": 1}, "each of 24 rows"),
+        (broadcast(normalize()), (1, 5), {"param_ndim": -1}, "the only row"),
+        (broadcast(normalize(), None), (10,), {"param_ndim": -1}, "the whole tensor"),
+        (broadcast(lambda tensor, group: tensor, 0), (2, 3), {}, "each of 6 elements"),
+        (broadcast(sign(), None), (2, 3), {}, "each of 6 elements"),
+        (broadcast(centralize()), (2, 3), {"param_ndim": -1}, "the whole tensor"),
+        (broadcast(centralize(), -1), (2, 3), {}, "each of 2 rows"),
+        (broadcast(clip_by_global_norm(1.0)), (2, 3), {"param_ndim": -1}, "all tensors"),
+        (masked(broadcast(normalize(), 1), "a"), (2, 3), {"name": "a"}, "each of 2 rows"),
+        (masked(broadcast(normalize(), 1), "a"), (2, 3), {"name": "b"}, "nothing"),
+        (partition({"a": sign(), "*": normalize()}), (2, 3), {"name": "b"}, "the whole tensor"),
+        (masked(chain(sign(), normalize()), torch.tensor(True)), (2, 3), {}, "each of 6 elements, the whole tensor"),
+        (sign(), (), {}, "the only element"),
+        (normalize(), (), {}, "the only element"),
+    ],
+)
+def test_what_a_stage_acts_on(t: Any, shape: tuple[int, ...], group: Group, acts_on: str) -> None:
+    explanation = explain(t, torch.ones(shape), group)
+    assert [row.acts_on for row in explanation.rows] == [None, acts_on]
+    assert f"  {acts_on}  " in repr(explanation)
+    assert acts_on in texts(explanation._repr_html_())
+
+
+# found: 31
+def test_what_the_stages_of_an_optimizer_act_on(adapt: Any) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    pre = chain(sign(), normalize(), broadcast(normalize(), None), clip_by_global_norm(1.0))
+    post = chain(*(masked(t, "*.bias") for t in (clip_by_norm(1.0), freeze("no"), clip_by_global_norm(1.0))))
+    explaining, _ = adapt(SGD(model.named_parameters(), lr=0.1), pre=pre, post=post)
+    model(torch.ones(2, 1, 3)).sum().backward()
+    explanation = explaining.explain()
+    assert [row.acts_on for row in explanation["0.weight"].rows] == [
+        *(None, "each of 12 elements", "each of 4 sub-tensors of shape (1, 3)", "the whole tensor", "all tensors"),
+        *(None, "nothing", "nothing", "nothing"),
+    ]
+    assert [row.acts_on for row in explanation["2.bias"].rows][2::4] == ["each of 2 elements", "each of 2 elements"]
+    acts_on = ["each element", "each sub-tensor, row or element", "each whole tensor", "all tensors"]
+    some = ["each element (2 of 4 tensors)", "nothing", "all tensors (2 of 4 tensors)"]
+    assert [row.acts_on for row in explanation.rows] == [None, *acts_on, None, *some]
+    comments = [line.split("  # ")[1] for line in repr(explaining).splitlines() if "  # " in line]
+    assert comments == [*acts_on, *some]
+    if isinstance(explaining, ParamTransformingOptimizer):
+        shown = texts(explaining._repr_html_())
+        assert [text for text in shown if text in {*acts_on, *some}] == [*acts_on, *some]
+    explaining, _ = adapt(SGD([nn.Parameter(torch.ones(64, 10))]), pre=normalize())
+    assert "    normalize(),  # each of 64 rows\n" in repr(explaining)
+
+
+# found: 31
+def test_prints_where_a_step_would_fail() -> None:
+    _, optimizer = make(pre=partition({"0.*": sign()}))
+    assert "  # each element (2 of 4 tensors)\n" in repr(optimizer)
+
+
 def texts(html: str) -> list[str]:
     return [text for text in ElementTree.fromstring(html).itertext() if text.strip()]
 
@@ -257,7 +328,7 @@ def test_html() -> None:
     header, first, second = list(ElementTree.fromstring(html).iter("tr"))
     assert [cell.text for cell in header] == list(HEADER)
     assert list(first.itertext()) == ["input", "3.162", "2.236", "1", "3", "2", "0%", "0%", "1"]
-    assert list(second.itertext()) == ["<lambda>", "0", "0", "0", "0", "0", "100%", "0%", "-", "100%"]
+    assert list(second.itertext()) == ["<lambda>", "the whole tensor", *["0"] * 5, "100%", "0%", "-", "100%"]
 
 
 def test_html_escapes() -> None:
@@ -270,8 +341,9 @@ def test_html_of_chains_and_optimizers() -> None:
     stages = ["<lambda>", "clip_by_norm(max_norm=1.0)"]
     assert texts(show_chain(stages)) == ["chain", *stages]
     inner = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    html = show_optimizer("Wrapper", {"pre": stages, "update": [], "post": ["sign()"]}, inner)
-    assert texts(html) == ["Wrapper", "pre", *stages, "update", "post", "sign()", "inner_opt", "SGD", repr(inner)]
+    slots = {"pre": [(stage, "each row") for stage in stages], "update": [], "post": [("sign()", "each element")]}
+    shown = ["pre", "<lambda>", "each row", stages[1], "each row", "update", "post", "sign()", "each element"]
+    assert texts(show_optimizer("Wrapper", slots, inner)) == ["Wrapper", *shown, "inner_opt", "SGD", repr(inner)]
 
 
 def test_plot_has_axes_for_each_row() -> None:

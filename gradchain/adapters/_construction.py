@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._ranges import as_number
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim, sub_ndim
 from gradchain.chain import Chain, chain
@@ -100,10 +101,12 @@ def require_new(values: Mapping[str, Any], optimizer: Optimizer, own: Mapping[st
 
 
 def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
-    """Give each group the keys that it lacks."""
+    """Give each group the keys that it lacks, and make the numbers of other libraries Python's own."""
     for group in param_groups:
-        for key, value in defaults.items():
-            group.setdefault(key, value)
+        for key, default in defaults.items():
+            value = group.setdefault(key, default)
+            if value is not default and type(value) is not float:
+                group[key] = as_number(value)
 
 
 def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any]) -> Group:
@@ -124,7 +127,7 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
             prefix, dot, _ = key.rpartition(".")
             if dot and prefix in taken:
                 raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
-        param_ndim = require_param_ndim(group["param_ndim"])
+        param_ndim = require_param_ndim(as_number(group["param_ndim"]))
         for key in ("grad_scale", "grad_bias"):
             value = group.get(key, 1.0)
             if not isinstance(value, Real | Tensor) or isinstance(value, bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import is_
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed
+from gradchain._units import list_stages
 from gradchain.adapters._construction import (
     check_group,
     check_support,
+    complete_groups,
     describe,
     number_chains,
     prefixes,
@@ -188,6 +190,15 @@ class Engine:
         new = {slot: each for slot, each in given.items() if slot not in kept}
         return {**given, **kept, **number_chains(new, prefixes(kept.values()))}
 
+    def list_stages(self, chains: Mapping[str, Chain]) -> dict[str, list[tuple[str, str]]]:
+        """The stages of ``chains``, which are by slot, each with what it acts on."""
+        members = self.roster.members
+        params = [member.param.detach() for member in members]
+        return {
+            slot: list_stages(transforms, params, [member.context(slot) for member in members])
+            for slot, transforms in chains.items()
+        }
+
     def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
         owner, members = self.owner, self.roster.members
@@ -204,15 +215,17 @@ class Engine:
     def give_states(self, states: TransformStates) -> None:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
         self.reset(states)
+        self.begin()
         inner_opt = self.owner.inner_opt
         states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
-        return self.follow().averaged(self.stage("post"))
+        return self.follow().averaged(self.stage("post"), self.roster.members)
 
-    def add_states_to(self, state_dict: Group) -> None:
-        """Put the states into a state dict of the inner optimizer."""
+    def complete(self, state_dict: Group, defaults: Group) -> None:
+        """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
+        complete_groups(state_dict.get("param_groups", ()), defaults)
         members, states = self.roster.members, self.follow()
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)
@@ -223,6 +236,14 @@ class Engine:
     def drop_states_of_others(self, slot: str) -> None:
         """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
         self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Make the states that depend on where the parameters start: on what they are now."""
+        for slot in SLOTS:
+            stage = self.stage(slot)
+            if stage.starts_early:
+                self.states.begin(slot, stage, self.roster.members)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -271,6 +292,7 @@ class Engine:
                     context={key: given[key] for key in context if key in given},
                     states=self.states.of(member),
                     takes_part=takes,
+                    is_new=member.param in self.states.new,
                     place=member.place(),
                 )
             )
@@ -462,7 +484,8 @@ class Step:
 
 def _is_lazy(grad: Tensor | None) -> bool:
     """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
-    return grad is not None and (grad.is_neg() or grad.is_conj())
+    # Compiled code has no such tensors, and asking would break the graph.
+    return grad is not None and not torch.compiler.is_compiling() and (grad.is_neg() or grad.is_conj())
 
 
 def _writable(grad: Tensor) -> Tensor:

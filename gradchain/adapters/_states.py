@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._sharding import gather_anew
 from gradchain.adapters._construction import describe
 from gradchain.chain import Chain
 from gradchain.engine.operations import own
@@ -44,6 +45,10 @@ class Member(NamedTuple):
         names = self.group.get("param_names")
         name = {"name": names[self.position[1]]} if names else {}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
+
+    def context(self, slot: str) -> Group:
+        """Its group, and what tells a transform where it acts."""
+        return {**self.group, **self.identity(slot)}
 
     def place(self) -> str:
         """The words that say where the parameter is."""
@@ -114,6 +119,11 @@ class TransformStates:
         self._fitted: dict[tuple[Tensor, str], Any] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
 
+    @property
+    def are_shown(self) -> bool:
+        """Whether the inner optimizer has any of them among its own."""
+        return bool(self._shown)
+
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
         return TransformStates({param: _map(state, Tensor.clone) for param, state in self.by_param.items()})
@@ -142,6 +152,22 @@ class TransformStates:
                 )
             states |= {key: known[key].to(value.dtype) if key in known else value for key, value in first.items()}
             self._fitted[param, slot] = form
+
+    def begin(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
+        """Make the first states of the stages that depend on where a parameter starts, of those that have none."""
+        early = tuple(f"{slot}.{stage.path(index)}" for index in stage.keys if stage.stages[index].starts_early)
+        for member in members if early else ():
+            states = self.by_param.setdefault(member.param, {})
+            if any(key.startswith(early) for key in states):
+                continue
+            try:
+                first = own(first_state(slot, stage, member), member.param.detach())
+            except Exception as error:
+                locate(error, f"{slot}, {member.place()}")
+                raise
+            if not states:
+                self.new[member.param] = None
+            states |= {key: value for key, value in first.items() if key.startswith(early)}
 
     def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
@@ -215,7 +241,7 @@ class TransformStates:
         return TransformStates(by_param), {**state_dict, "state": bare}
 
     @contextmanager
-    def averaged(self, post: Chain) -> Iterator[None]:
+    def averaged(self, post: Chain, members: Iterable[Member]) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
         averages = {}
         for param, states in self.by_param.items():
@@ -224,6 +250,8 @@ class TransformStates:
                 raise ValueError("post keeps two averages of a parameter; leave one of param_ema and lookahead")
             if found:
                 averages[param] = found[0]
+        if not averages and not post.keeps_average:
+            raise ValueError(f"post keeps no average; put param_ema or lookahead into it, got post={show(post)}")
         current = {param: param.detach().clone() for param in averages}
         try:
             _write(averages)
@@ -308,6 +336,7 @@ def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> l
 def _write(values: Mapping[Tensor, Tensor]) -> None:
     for param, value in values.items():
         param.copy_(value)
+    gather_anew(values)
 
 
 def _require_like(state: State, expected: State) -> None:

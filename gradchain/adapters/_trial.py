@@ -72,16 +72,16 @@ class _TrialStep(Step):
         shown = self._shown(slot, tensors, context, plan.touched)
         if not shown:
             return
-        identities = [self.roster.members[i].identity(slot) for i in shown]
+        members = [self.roster.members[i] for i in shown]
         work = Pass(tensors, context, keeps_states=False)
-        self.record.start(INPUTS[slot], list(shown.values()), identities)
-        for index, member in enumerate(chain):
+        self.record.start(INPUTS[slot], list(shown.values()), [member.context(slot) for member in members])
+        for index, (member, stage) in enumerate(zip(chain, self.engine.stage(slot).stages, strict=True)):
             try:
                 plan.run_stage(chain.place(index), work)
             except SkippedStep:
-                self.record.note(show(member), [torch.zeros_like(tensor) for tensor in shown.values()])
+                self.record.note(show(member), stage, [torch.zeros_like(tensor) for tensor in shown.values()])
                 raise
-            self.record.note(show(member), list(shown.values()))
+            self.record.note(show(member), stage, list(shown.values()))
 
     def _shown(
         self, slot: str, tensors: list[Any], context: dict[str, list[Any]], touched: list[int]

@@ -15,6 +15,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradchain._ranges import as_number
+from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     ATTACHED,
     check_group,
@@ -110,6 +112,7 @@ def attach(
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
     require_new(hyperparameters(numbered), optimizer, hooks.defaults)
     own_defaults = {"param_ndim": param_ndim, **hyperparameters(numbered), **(defaults or {})}
+    own_defaults = {key: as_number(value) for key, value in own_defaults.items()}
     known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
@@ -207,8 +210,10 @@ class Attached:
         self.remove()
 
     def __repr__(self) -> str:
-        slots = "".join(f", {slot}={members}" for slot in SLOTS if (members := getattr(self, slot)))
-        return f"attach({self._name}{slots})"
+        chains = {slot: members for slot in SLOTS if (members := getattr(self, slot))}
+        if not (self._hooks.exists and self in self._hooks().attached):
+            return f"attach({self._name}{''.join(f', {slot}={members}' for slot, members in chains.items())})"
+        return f"attach(\n  {self._name},\n{print_slots(self._hooks().engine.list_stages(chains))})"
 
 
 class _Hooks:
@@ -272,6 +277,11 @@ class _Hooks:
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
+        try:
+            self.engine.begin()
+        except Exception:
+            self.remove(attached)
+            raise
 
     def remove(self, attached: Attached) -> None:
         """Leave the optimizer as if it had never been there."""
@@ -359,8 +369,10 @@ class _Hooks:
         if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
             return None
         _require_unscaled(self.inner_opt)
-        if not (self._saves_with_hooks or self.engine.states.by_param):
-            self.engine.adopt(TransformStates.taken_out_of(self.inner_opt))
+        if not (self._saves_with_hooks or self.engine.states.are_shown):
+            loaded = TransformStates.taken_out_of(self.inner_opt)
+            if loaded.by_param:
+                self.engine.adopt(loaded)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None and is_rehearsal(self.param_groups):
             self._running = _Running(frame, self.engine.start)
@@ -387,7 +399,7 @@ class _Hooks:
         running.finish()
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self.engine.add_states_to(state_dict)
+        self.engine.complete(state_dict, self.defaults)
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loaded, bare = self.engine.take_states(state_dict, self.defaults)

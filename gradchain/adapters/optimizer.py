@@ -13,6 +13,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradchain._html import show_optimizer
+from gradchain._ranges import as_number
+from gradchain._units import print_slots
 from gradchain.adapters._construction import (
     Params,
     check_group,
@@ -31,7 +33,7 @@ from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
 from gradchain.engine.operations import SkippedStep
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, is_same, show
+from gradchain.transform import Group, Transform, is_same
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -81,7 +83,7 @@ class ParamTransformingOptimizer(Optimizer):
             function that has no rule.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
-            first dimension: each row of weights, but each element of a bias.
+            first dimension: each row of weights, but each element of a bias. The ``repr`` says it, stage by stage.
         grad_scale: Factor of each gradient after ``pre``, per group.
         grad_bias: Added to each gradient after the factor, per group.
         defaults: Further keys of the groups, with the values for those that lack them.
@@ -149,6 +151,7 @@ class ParamTransformingOptimizer(Optimizer):
             **hyperparameters(numbered),
             **(defaults or {}),
         }
+        own_defaults = {key: as_number(value) for key, value in own_defaults.items()}
         known = sorted(own_defaults.keys() & (inner_opt.defaults.keys() - earlier.keys() | {"params"}))
         if known:
             raise ValueError(
@@ -181,6 +184,7 @@ class ParamTransformingOptimizer(Optimizer):
         if not earlier:
             self._engine.adopt(loaded)
             self._engine.follow()
+        self._engine.begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -240,6 +244,7 @@ class ParamTransformingOptimizer(Optimizer):
         self._own_defaults = self.inner_opt.__dict__["_gradchain_defaults"] = defaults
         self.__dict__.update(chains)
         self._engine.drop_states_of_others(slot)
+        self._engine.begin()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; see the class.
@@ -370,14 +375,14 @@ class ParamTransformingOptimizer(Optimizer):
             An ``Explanation``; ``explanation["fc.weight"]``, or ``explanation[0]``, is that of one parameter.
 
         Example:
-            >>> from gradchain import clip_by_norm
+            >>> from gradchain import normalize
             >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
-            >>> optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), param_ndim=None, lr=1.0)
+            >>> optim = ParamTransformingOptimizer([x], pre=normalize(), param_ndim=None, lr=1.0)
             >>> x.square().sum().backward()
             >>> optim.explain()
-            stage                         2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
-            gradient                          10   7.071    6    8     7    0%          0%       1
-              clip_by_norm(max_norm=1.0)       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
+            stage          acts on           2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
+            gradient                             10   7.071    6    8     7    0%          0%       1
+              normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
         """
         return explain_step(self._engine, self._own_defaults)
 
@@ -386,6 +391,9 @@ class ParamTransformingOptimizer(Optimizer):
         """Within the ``with`` block, parameters have their averages, from ``param_ema`` or ``lookahead`` in ``post``.
 
         Parameters without an average, and all of them before the first step, stay as they are.
+
+        Raises:
+            ValueError: ``post`` keeps no average, or two of one parameter.
 
         Example:
             >>> from gradchain import param_ema
@@ -407,6 +415,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.add_param_group(param_group)
         try:
             check_group(len(self.param_groups) - 1, self.param_groups[-1], self._engine.chains())
+            self._engine.begin()
         except Exception:
             del self.param_groups[-1]
             raise
@@ -417,7 +426,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.add_states_to(state_dict)
+        self._engine.complete(state_dict, self._own_defaults)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -460,10 +469,8 @@ class ParamTransformingOptimizer(Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        slots = "".join(f"  {slot}={members},\n" for slot, members in self._chains().items())
         inner = repr(self.inner_opt).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n{slots}  inner_opt={inner}\n)"
+        return f"{type(self).__name__}(\n{print_slots(self._engine.list_stages(self._chains()))}  inner_opt={inner}\n)"
 
     def _repr_html_(self) -> str:
-        slots = {slot: map(show, members) for slot, members in self._chains().items()}
-        return show_optimizer(type(self).__name__, slots, self.inner_opt)
+        return show_optimizer(type(self).__name__, self._engine.list_stages(self._chains()), self.inner_opt)

@@ -33,6 +33,8 @@ class Item(NamedTuple):
     states: State
     """The states of all stages, which a step overwrites."""
     takes_part: bool
+    is_new: bool
+    """Whether its states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
 
@@ -257,7 +259,10 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 def raise_if_skipped(stage: Stage, states: Sequence[tuple[State, State]]) -> None:
     """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
-    flags = {id(new[key]): new[key] for _, new in states for key in stage.skip_keys if key in new}
+    # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
+    flags = {
+        id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
+    }
     # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
     if not flags or not bool(torch.stack(list(flags.values())).any()):
         return

@@ -42,6 +42,9 @@ class Plan:
         except Exception as error:
             locate(error, slot)
             raise
+        for part in self.parts:
+            if part.stage.shares_state:
+                self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
             for item, group in zip(items, groups, strict=True)
@@ -50,6 +53,9 @@ class Plan:
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
+        forms = [items[number].form for number in self.touched]
+        self.is_plain = not any(map(is_distributed, forms))
+        self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
         for index, operation in enumerate(self.operations, 1):
@@ -61,6 +67,15 @@ class Plan:
             for key in part.stage.hyperparameters
         ]
         self._values: list[Any] = []
+
+    def _share_states(self, part: Part) -> None:
+        """Let all parameters have the same tensors in what is one state for all of them: those that went on before."""
+        by_age = sorted((self.items[number] for number in part.numbers), key=lambda item: item.is_new)
+        for item in by_age:
+            for key in part.states_of(item.states):
+                if part.stage.shares(key):
+                    first = next(each.states for each in by_age if part.path + key in each.states)
+                    item.states[part.path + key] = first[part.path + key]
 
     def holds(self) -> bool:
         """Whether what the plan depends on besides the tensors is as it was."""

@@ -18,7 +18,7 @@ def _at_parameter(tensor: Tensor, group: Group, *, debias: bool, **_: Any) -> St
     return start_average(tensor.clone(), debias)
 
 
-@transform(init=_at_parameter, whole=True, average="average")
+@transform(init=_at_parameter, acts_on="element", average="average")
 def param_ema(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Lt(1)], *, debias: bool = True
 ) -> tuple[Tensor, State]:
@@ -61,7 +61,7 @@ def _at_slow(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"average": tensor.clone(), "count": tensor.new_zeros((), dtype=torch.int64)}
 
 
-@transform(init=_at_slow, whole=True, average="average")
+@transform(init=_at_slow, acts_on="element", average="average")
 def lookahead(
     tensor: Tensor,
     group: Group,

@@ -6,7 +6,7 @@ from torch import Tensor
 from gradchain.transform import Group, transform
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def sign(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace each element by its sign.
 
@@ -24,7 +24,7 @@ def sign(tensor: Tensor, group: Group) -> Tensor:
     return torch.sgn(tensor)
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def scale(tensor: Tensor, group: Group, factor: float) -> Tensor:
     r"""Multiply by ``factor``.
 
@@ -45,7 +45,7 @@ def scale(tensor: Tensor, group: Group, factor: float) -> Tensor:
     return tensor * factor
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def add(tensor: Tensor, group: Group, bias: float) -> Tensor:
     r"""Add ``bias`` to each element.
 
@@ -63,7 +63,7 @@ def add(tensor: Tensor, group: Group, bias: float) -> Tensor:
     return tensor + bias
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def clamp(tensor: Tensor, group: Group, min: float | None = None, max: float | None = None) -> Tensor:
     r"""Move each element into [``min``, ``max``].
 
@@ -97,7 +97,7 @@ def _bounds(min: float | None, max: float | None) -> None:
         raise ValueError(f"needs min <= max, got min={min!r} and max={max!r}")
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def zero_nonfinite(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace NaN and infinite elements by zero.
 

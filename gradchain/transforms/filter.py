@@ -29,7 +29,7 @@ def _no_average(tensor: Tensor, group: Group, *, debias: bool, **_: Any) -> Stat
     return start_average(torch.zeros_like(tensor), debias)
 
 
-@transform(init=_no_average, whole=True)
+@transform(init=_no_average, acts_on="element")
 def ema(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Lt(1)], *, debias: bool = True
 ) -> tuple[Tensor, State]:
@@ -67,7 +67,7 @@ def _no_trace(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"trace": torch.zeros_like(tensor)}
 
 
-@transform(init=_no_trace, whole=True)
+@transform(init=_no_trace, acts_on="element")
 def trace(
     tensor: Tensor, group: Group, state: State, decay: Annotated[float, Ge(0), Le(1)], *, nesterov: bool = False
 ) -> tuple[Tensor, State]:
@@ -110,7 +110,7 @@ def _previous(state: State, tensor: Tensor) -> Tensor:
     return torch.where(state["started"], state["previous"], tensor)
 
 
-@transform(init=_nothing_before, whole=True)
+@transform(init=_nothing_before, acts_on="element")
 def amplify_slow(
     tensor: Tensor,
     group: Group,
@@ -146,13 +146,14 @@ def amplify_slow(
     return tensor + alpha * average, {"previous": average, "started": torch.ones_like(state["started"])}
 
 
-@transform(init=_nothing_before, whole=True)
+@transform(init=_nothing_before, acts_on="element")
 def extrapolate(tensor: Tensor, group: Group, state: State, weight: float = 1.0) -> tuple[Tensor, State]:
     r"""Go on in the direction in which the tensor has changed since the step before.
 
     .. math:: g_t + w (g_t - g_{t-1}), \quad g_0 = g_1
 
-    Acts on each element. The state holds the tensor of the step before; the first step changes nothing.
+    Acts on each element. The state holds the tensor of the step before; the first step changes nothing. So it is in the
+    paper of MARS, whose first two parameters are one; the code of its authors has g_0 = 0 instead.
 
     Args:
         weight: The share of the last change that is added: 1 for the optimistic gradient, and gamma beta / (1 - beta)
@@ -180,7 +181,7 @@ def _nothing_accumulated(tensor: Tensor, group: Group, **_: Any) -> State:
     return {"mean": torch.zeros_like(tensor), "count": tensor.new_zeros((), dtype=torch.int64)}
 
 
-@transform(init=_nothing_accumulated, whole=True)
+@transform(init=_nothing_accumulated, acts_on="element")
 def accumulate(tensor: Tensor, group: Group, state: State, k: Annotated[int, Ge(1)]) -> tuple[Tensor, State]:
     r"""Return the mean over ``k`` steps in the last of them, and zero in the others.
 

@@ -6,7 +6,7 @@ from gradchain.transform import Group, transform
 from gradchain.transforms._numerics import floor, inner
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def reject_from_param(tensor: Tensor, group: Group) -> Tensor:
     r"""Remove the component along the parameter, so that a small step keeps the parameter's norm.
 

@@ -40,7 +40,7 @@ def global_norm(tensor: Tensor, group: Group) -> Tensor:
     return length
 
 
-@transform(whole=True, measure=measure_global_norm, measures_shards=True)
+@transform(acts_on="element", measure=measure_global_norm, measures_shards=True)
 def clip_by_global_norm(
     tensor: Tensor, group: Group, max_norm: Annotated[float, Gt(0)], *, ord: Annotated[float, Gt(0)] = 2.0
 ) -> Tensor:
@@ -75,7 +75,7 @@ def clip_by_global_norm(
     return shorten(tensor, global_norm(tensor, group), max_norm)
 
 
-@transform(whole=True, measure=measure_global_norm, measures_shards=True)
+@transform(acts_on="element", measure=measure_global_norm, measures_shards=True)
 def normalize_by_global_norm(tensor: Tensor, group: Group) -> Tensor:
     r"""Divide by the 2-norm of all tensors together.
 

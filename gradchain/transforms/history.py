@@ -30,7 +30,7 @@ def _measure_history(
     return {"length": length, "limit": _percentile(norms, percentile)}, {"norms": norms}
 
 
-@transform(init=_no_norms, whole=True, measure=_measure_history, measures_shards=True)
+@transform(init=_no_norms, acts_on="element", measure=_measure_history, measures_shards=True)
 def clip_by_history(
     tensor: Tensor,
     group: Group,
@@ -97,7 +97,7 @@ def _measure_zscore(
     }
 
 
-@transform(init=_no_moments, whole=True, measure=_measure_zscore, measures_shards=True)
+@transform(init=_no_moments, acts_on="element", measure=_measure_zscore, measures_shards=True)
 def clip_by_zscore(
     tensor: Tensor,
     group: Group,
@@ -114,7 +114,8 @@ def clip_by_zscore(
     Acts on each element, by a factor that all tensors share. Called by hand, it sees one tensor. The mean and the
     variance are exponential moving averages over earlier steps of the shortened norm c. In the first ``warmup`` steps
     nothing is shortened, and they are the plain mean and variance of the norms so far, as in the paper; put
-    ``clip_by_global_norm`` before for a bound there.
+    ``clip_by_global_norm`` after it for a bound there. Before it, the statistics would be those of clipped norms, which
+    hardly vary, and what is no spike would be shortened.
 
     Args:
         threshold: The largest z-score that is left alone, in standard deviations; above 0 and finite. The paper

@@ -67,7 +67,7 @@ def lmo_l2(tensor: Tensor, group: Group) -> Tensor:
     return unit(tensor)
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def lmo_linf(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace each element by its sign.
 
@@ -89,7 +89,7 @@ _NOT_PLAIN = ("momentum", "weight_decay", "betas", "eps")
 """Keys with which the step of an optimizer is not its learning rate times the gradient."""
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
     r"""Turn a step of ``SGD`` into a step of Frank-Wolfe: to a convex combination of the parameter and a point s.
 

@@ -35,7 +35,7 @@ def _resume(state: State) -> tuple[Generator, Callable[[], State]]:
     return generator, lambda: {"generator": generator.get_state(), "step": state["step"] + 1}
 
 
-@transform(init=_seeded("add_noise"), seeded=True)
+@transform(init=_seeded("add_noise"), acts_on="element")
 def add_noise(
     tensor: Tensor,
     group: Group,
@@ -78,7 +78,7 @@ def add_noise(
     return tensor + (eta / (1 + step) ** gamma) ** 0.5 * noise, finish()
 
 
-@transform(init=_seeded("dropout"), seeded=True)
+@transform(init=_seeded("dropout"), acts_on="element")
 def dropout(
     tensor: Tensor, group: Group, state: State, p: Annotated[float, Ge(0), Lt(1)], *, seed: int = 0
 ) -> tuple[Tensor, State]:

@@ -39,7 +39,7 @@ def normalize(tensor: Tensor, group: Group, ord: Annotated[float, Gt(0)] = 2.0) 
     return unit(tensor, ord)
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def centralize(tensor: Tensor, group: Group) -> Tensor:
     r"""Subtract, for each output, the mean over its inputs.
 

@@ -4,6 +4,7 @@ They act on the whole (sub-)tensor, of any shape, unless they are elementwise.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -11,11 +12,11 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.transform import Group, State, transform
+from gradchain.transform import Group, State, compute_dtype, transform
 from gradchain.transforms._numerics import floor, inner, shorten
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def project_nonnegative(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace negative elements by zero.
 
@@ -36,7 +37,7 @@ def project_nonnegative(tensor: Tensor, group: Group) -> Tensor:
     return tensor.clamp_min(0)
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def project_box(tensor: Tensor, group: Group, lower: float | Tensor, upper: float | Tensor) -> Tensor:
     r"""Move each element into [``lower``, ``upper``].
 
@@ -69,7 +70,7 @@ def _box(lower: float | Tensor, upper: float | Tensor) -> None:
         raise ValueError(f"needs lower <= upper, got lower={lower!r} and upper={upper!r}")
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def project_linf_ball(tensor: Tensor, group: Group, radius: Annotated[float, Ge(0)]) -> Tensor:
     r"""Move each element into [``-radius``, ``radius``].
 
@@ -283,38 +284,65 @@ def _normal(a: float | Tensor, **arguments: Any) -> None:
         raise ValueError(f"needs a normal that is not zero, got a={a!r}")
 
 
+def _at_reference(
+    tensor: Tensor, group: Group, *, reference: Tensor | Sequence[Tensor] | None, **arguments: Any
+) -> Tensor:
+    if reference is None:
+        return tensor
+    if not isinstance(reference, Tensor):
+        index = group.get("index")
+        if index is None or index >= len(reference):
+            raise ValueError(
+                f"project_ball_around_reference has a reference for each of {len(reference)} parameters, and none for "
+                f"{'a tensor without a number' if index is None else f'number {index}'}; give one for each parameter"
+            )
+        reference = reference[index]
+    try:
+        return reference.detach().to(tensor.device, compute_dtype(tensor.dtype)).expand(tensor.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"project_ball_around_reference needs a reference that broadcasts to its parameter of shape "
+            f"{tuple(tensor.shape)}, got shape {tuple(reference.shape)}"
+        ) from None
+
+
 def _remember(tensor: Tensor, group: Group, **arguments: Any) -> State:
     return {"reference": tensor.clone()}
 
 
-@transform(init=_remember)
+@transform(init=_remember, start=_at_reference)
 def project_ball_around_reference(
     tensor: Tensor,
     group: Group,
     state: State,
     radius: Annotated[float, Ge(0)],
     *,
+    reference: Tensor | Sequence[Tensor] | None = None,
     ord: float = 2,
     lower: float | None = None,
     upper: float | None = None,
 ) -> tuple[Tensor, State]:
-    r"""Move into the ball of ``radius`` around the first parameter, and then into a box.
+    r"""Move into the ball of ``radius`` around a reference, and then into a box.
 
     .. math:: \operatorname{clamp}(\operatorname{argmin}_x \|x - t\|_2 \text{ subject to }
         \|x - x_0\|_{ord} \le r, \; l, u)
 
-    Acts on the whole (sub-)tensor, of any shape, and remembers the parameter that ``init`` saw, x_0. What attacks need:
-    the parameter is the image that is attacked, and the box holds the legal pixels. A box that has x_0 inside never
-    leads out of a ball; the result is the nearest point of both where the ball is a box too, ``ord=inf``.
+    Acts on the whole (sub-)tensor, of any shape; the state holds the reference, x_0. What attacks need: the parameter
+    is the image that is attacked, and the box holds the legal pixels. A box that has x_0 inside never leads out of a
+    ball; the result is the nearest point of both where the ball is a box too, ``ord=inf``.
 
     Args:
         radius: The radius of the ball, in units of the tensor; at least 0, and infinite for no limit.
+        reference: x_0: a tensor that broadcasts to the parameter, or a sequence of one for each parameter, in their
+            order. None for what the parameter is when the optimizer is constructed, ``attach`` is called or a group is
+            added, so before a random start; by hand, for what ``init`` is given. A loaded state brings its own.
         ord: The order of the norm: 1, 2 or inf.
         lower: The lower bound of each element, in units of the tensor; None for no bound.
         upper: The upper bound of each element, at least ``lower``; None for no bound.
 
     Raises:
-        ValueError: ``radius`` is below 0, ``ord`` is none of 1, 2 and inf, or ``lower > upper``.
+        ValueError: ``radius`` is below 0, ``ord`` is none of 1, 2 and inf, ``lower > upper``, or ``reference`` does
+            not fit the parameters.
         TypeError: The tensor is complex.
 
     Example:
@@ -341,7 +369,9 @@ def project_ball_around_reference(
 
 
 @project_ball_around_reference.check
-def _ball_and_box(ord: float, lower: float | None, upper: float | None, **arguments: Any) -> None:
+def _ball_and_box(ord: float, lower: float | None, upper: float | None, reference: Any, **arguments: Any) -> None:
+    if isinstance(reference, Sequence) and not all(isinstance(each, Tensor) for each in reference):
+        raise TypeError(f"needs tensors as references, got reference={reference!r}")
     if ord not in (1, 2, math.inf):
         raise ValueError(f"needs ord 1, 2 or inf, got ord={ord!r}")
     if lower is not None and upper is not None and not lower <= upper:

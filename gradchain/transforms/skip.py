@@ -60,7 +60,7 @@ def _count(is_bad: Tensor, state: State, max_consecutive: int) -> tuple[Group, S
     return {"is_bad": is_bad}, {"skip_step": is_bad, **counted}
 
 
-@transform(init=_count_nothing, whole=True, measure=_measure_finite, measures_shards=True, skip="skip_step")
+@transform(init=_count_nothing, acts_on="element", measure=_measure_finite, measures_shards=True, skip="skip_step")
 def skip_nonfinite(tensor: Tensor, group: Group, max_consecutive: Annotated[int, Ge(0)] = 10) -> Tensor:
     r"""Skip the whole step if an element of any tensor is NaN or infinite.
 
@@ -90,7 +90,7 @@ def skip_nonfinite(tensor: Tensor, group: Group, max_consecutive: Annotated[int,
     return torch.where(group["is_bad"].to(tensor.device), 0, tensor)
 
 
-@transform(init=_count_nothing, whole=True, measure=_measure_length, measures_shards=True, skip="skip_step")
+@transform(init=_count_nothing, acts_on="element", measure=_measure_length, measures_shards=True, skip="skip_step")
 def skip_large(
     tensor: Tensor,
     group: Group,

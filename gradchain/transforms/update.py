@@ -15,7 +15,7 @@ from gradchain._norms import norm
 from gradchain.transform import Group, State, transform
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def cautious(tensor: Tensor, group: Group) -> Tensor:
     r"""Zero the elements of an update that do not go down the gradient, and scale up the others in proportion.
 
@@ -23,6 +23,9 @@ def cautious(tensor: Tensor, group: Group) -> Tensor:
 
     Acts on the whole tensor, of any shape, whatever the ``param_ndim`` of the group, and reads ``group["grad"]``: in
     the slot ``update``, the gradient after ``pre``. Where ``group["maximize"]`` is set, elements go up the gradient.
+
+    It masks all of an update, and so the weight decay that AdamW has in it, too. The paper decays all elements: take
+    Adam, and ``chain(cautious(), decay_weights(lr * weight_decay))``.
 
     Raises:
         ValueError: There is no ``group["grad"]``.
@@ -41,7 +44,7 @@ def cautious(tensor: Tensor, group: Group) -> Tensor:
     return tensor * (mask / mask.mean().clamp_min(1e-3))
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def trust_ratio(
     tensor: Tensor,
     group: Group,
@@ -59,7 +62,9 @@ def trust_ratio(
 
     An update has the learning rate in it already, and u / ||u|| would lose it: the ratio is that of the parameter to
     the update without its learning rate, ``group["lr"]``, which is 1 where there is none. With Adam inside this is
-    LAMB. For LARS in ``pre``, where the learning rate is still to come, say ``lr_included=False``.
+    LAMB. For LARS in ``pre``, where the learning rate is still to come, say ``lr_included=False``. The ratio of LARS is
+    that of a gradient with the weight decay in it: put ``lambda tensor, group: tensor + rate * group["param"]`` before.
+    The ``weight_decay`` of ``SGD`` would come after the ratio.
 
     Args:
         min: The smallest ratio; at least 0.
@@ -97,7 +102,7 @@ def _ratios(min: float, max: float, **arguments: Any) -> None:
         raise ValueError(f"needs min <= max, got min={min!r} and max={max!r}")
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def scale_by_param_norm(tensor: Tensor, group: Group, min: Annotated[float, Ge(0)] = 1e-3) -> Tensor:
     r"""Multiply by the 2-norm of the parameter.
 
@@ -121,7 +126,7 @@ def scale_by_param_norm(tensor: Tensor, group: Group, min: Annotated[float, Ge(0
     return tensor * norm(group["param"]).clamp_min(min)
 
 
-@transform(whole=True)
+@transform(acts_on="tensor")
 def scale_by_param_rms(tensor: Tensor, group: Group, min: Annotated[float, Ge(0)] = 1e-3) -> Tensor:
     r"""Multiply by the root mean square of the parameter.
 
@@ -146,7 +151,7 @@ def scale_by_param_rms(tensor: Tensor, group: Group, min: Annotated[float, Ge(0)
     return tensor * (norm(group["param"]) / math.sqrt(tensor.numel())).clamp_min(min)
 
 
-@transform(whole=True)
+@transform(acts_on="element")
 def decay_weights(
     tensor: Tensor, group: Group, rate: Annotated[float, Ge(0)], *, ord: Literal[1, 2] = 2, cautious: bool = False
 ) -> Tensor:
@@ -186,7 +191,7 @@ def _remember(tensor: Tensor, group: Group, **arguments: Any) -> State:
     return {"init": tensor.clone()}
 
 
-@transform(whole=True, init=_remember)
+@transform(acts_on="element", init=_remember)
 def decay_to_init(tensor: Tensor, group: Group, state: State, rate: Annotated[float, Ge(0)]) -> tuple[Tensor, State]:
     r"""Add a step towards the first parameter to the update: weight decay for fine-tuning, L2-SP.
 

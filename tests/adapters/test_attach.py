@@ -401,9 +401,16 @@ def test_schedulers() -> None:
 def test_it_prints_as_the_call() -> None:
     optimizer = SGD(make_params())
     handle = attach(optimizer, pre=clip_by_norm(1.0), post=chain(clamp(max=1), sign()))
-    assert repr(handle) == "attach(SGD, pre=chain(clip_by_norm(max_norm=1.0)), post=chain(clamp(max=1), sign()))"
+    stages = {"pre": ["clip_by_norm(max_norm=1.0)"], "post": ["clamp(max=1)", "sign()"]}
+    lines = [line.partition("  #")[0] for line in repr(handle).splitlines()]
+    slots = [
+        line for slot, each in stages.items() for line in (f"  {slot}=chain(", *(f"    {s}," for s in each), "  ),")
+    ]
+    assert lines == ["attach(", "  SGD,", *slots, ")"]
     assert (handle.optimizer, handle.pre, handle.update) == (optimizer, chain(clip_by_norm(1.0)), chain())
     assert handle.defaults == {"param_ndim": -1, "clip_by_norm.max_norm": 1.0, "clamp.min": None, "clamp.max": 1}
+    handle.remove()
+    assert repr(handle) == "attach(SGD, pre=chain(clip_by_norm(max_norm=1.0)), post=chain(clamp(max=1), sign()))"
 
 
 # Checkpoints and copies

@@ -667,9 +667,13 @@ def test_prints_chains_inner_optimizer_and_groups() -> None:
     assert repr(ParamTransformingOptimizer([param(1.0)], pre=clip_by_norm(1.0), post=clamp(max=1), lr=0.1)) == (
         """\
 ParamTransformingOptimizer(
-  pre=chain(clip_by_norm(max_norm=1.0)),
+  pre=chain(
+    clip_by_norm(max_norm=1.0),  # the only element
+  ),
   update=chain(),
-  post=chain(clamp(max=1)),
+  post=chain(
+    clamp(max=1),  # the only element
+  ),
   inner_opt=SGD (
   Parameter Group 0
       clamp.max: 1

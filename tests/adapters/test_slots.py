@@ -19,11 +19,13 @@ from gradchain import (
     State,
     Transform,
     add,
+    attach,
     broadcast,
     chain,
     clamp,
     clip_by_norm,
     ema,
+    keep_top_q,
     lookahead,
     masked,
     normalize,
@@ -527,3 +529,51 @@ def test_grad_scale_of_a_sparse_gradient() -> None:
         TypeError, match=r"group 0, parameter 0 of shape .*grad_bias .* needs a dense .*sparse_coo; use"
     ):
         optim.step()
+
+
+# found: 20
+@pytest.mark.parametrize("attaches", [False, True])
+def test_numbers_of_numpy_are_saved_as_those_of_python(attaches: bool) -> None:
+    np = pytest.importorskip("numpy")
+    params = make_params()
+    groups: list[dict[str, Any]] = [
+        {"params": params[:1], "clip_by_norm.max_norm": np.float32(0.5), "param_ndim": np.int64(0)},
+        {"params": params[1:], "epsilon": np.float16(2.0)},
+    ]
+    arguments: dict[str, Any] = {
+        "pre": chain(clip_by_norm(np.float64(1.0)), keep_top_q(np.float32(0.5)), broadcast(scale(2), np.int64(1))),
+        "post": lookahead(np.int64(2), np.float64(0.5)),
+        "param_ndim": np.int64(-1),
+        "defaults": {"epsilon": np.float64(3.0)},
+    }
+    optim: Any = SGD(groups) if attaches else ParamTransformingOptimizer(groups, grad_scale=np.float64(2), **arguments)
+    if attaches:
+        attach(optim, **arguments)
+    optim.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lookahead.k": np.int32(3)})
+
+    def save() -> Any:
+        file = io.BytesIO()
+        torch.save(optim.state_dict(), file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)["param_groups"]
+
+    saved = save()
+    kinds = {type(value) for group in [*saved, optim.defaults] for key, value in group.items() if "." in key}
+    assert kinds == {int, float}
+    assert [group["lookahead.k"] for group in saved] == [2, 2, 3]
+    assert [group["param_ndim"] for group in saved] == [0, -1, -1]
+    optim.param_groups[0]["clip_by_norm.max_norm"] = np.float64(0.25)
+    assert save()[0]["clip_by_norm.max_norm"] == 0.25
+    train(optim, params, range(2))
+    assert type(optim.param_groups[0]["clip_by_norm.max_norm"]) is float
+    optim.load_state_dict({**optim.state_dict(), "param_groups": [{**g, "epsilon": np.float64(9)} for g in saved]})
+    assert save()[0]["epsilon"] == 9.0
+
+
+# found: 20
+def test_options_and_hyperparameters_that_are_numbers_of_numpy() -> None:
+    np = pytest.importorskip("numpy")
+    ours = chain(clip_by_norm(np.float64(2.0), ord=np.int64(1)), broadcast(scale(np.int32(2)), np.int64(0)))
+    assert repr(ours) == "chain(clip_by_norm(max_norm=2.0, ord=1), broadcast(scale(factor=2), param_ndim=0))"
+    with pytest.raises(TypeError, match=r"clip_by_norm.max_norm must be a number, got array"):
+        clip_by_norm(np.ones(2))

@@ -350,6 +350,34 @@ def test_two_averages() -> None:
         pass
 
 
+# found: 32
+@pytest.mark.parametrize("post", [None, project_l2_ball(1.0), chain(trace(0.9))], ids=repr)
+def test_no_average(post: Any) -> None:
+    optim = ParamTransformingOptimizer(params(1), SGD, post=post)
+    optimizer = SGD(params(1))
+    handle = attach(optimizer, post=post)
+    for _ in range(2):
+        for averaged in (optim.averaged, handle.averaged):
+            with (
+                pytest.raises(ValueError, match=r"post keeps no average; put param_ema or lookahead into it"),
+                averaged(),
+            ):
+                pass
+        step(optim, 1.0)
+
+
+# found: 32
+@pytest.mark.parametrize(
+    "post",
+    [param_ema(0.9), chain(project_l2_ball(1.0), lookahead(2, 0.5)), masked(param_ema(0.9), lambda group: False)],
+    ids=repr,
+)
+def test_before_the_first_step_the_average_is_the_parameter(post: Any) -> None:
+    optim = ParamTransformingOptimizer(params(1), SGD, post=post)
+    with optim.averaged():
+        assert torch.equal(optim.param_groups[0]["params"][0], params(1)[0])
+
+
 # States of another dtype
 
 STATEFUL: list[tuple[str, Any]] = [

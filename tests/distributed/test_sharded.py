@@ -256,6 +256,9 @@ def refusals(use_orig_params: bool) -> list[str]:
     said = []
     network = make_network()
     early = ParamTransformingOptimizer(network.named_parameters(), pre=gc.clip_by_norm(1.0), lr=0.1)
+    network(torch.ones(2, 4)).sum().backward()
+    early.step()
+    early.zero_grad()
     wrapped = FullyShardedDataParallel(network, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     wrapped(torch.ones(2, 4)).sum().backward()
     calls: list[Callable[[], Any]] = [
@@ -333,6 +336,37 @@ def explain_sharded() -> list[Any]:
 def test_explain_and_averages(processes: Processes, size: int) -> None:
     expected = join([explain_and_average(Parameters(), range(BATCHES))])
     torch.testing.assert_close(join(processes.run(size, explain_sharded)), expected, rtol=1e-5, atol=1e-6)
+
+
+def evaluate_often(network: nn.Module, batches: slice) -> list[Any]:
+    """The losses of the parameters, of their averages, and of the parameters again, after each step."""
+    optim = ParamTransformingOptimizer(network.named_parameters(), torch.optim.SGD, lr=0.5, post=gc.param_ema(0.9))
+    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.ones(8, 3)
+    losses = []
+    for _ in range(3):
+        optim.zero_grad()
+        mse_loss(network(x[batches]), y[batches]).backward()
+        optim.step()
+        with torch.no_grad():
+            losses.append(mse_loss(network(x), y))
+            with optim.averaged():
+                losses.append(mse_loss(network(x), y))
+            losses.append(mse_loss(network(x), y))
+    return parts(losses)  # type: ignore[no-any-return]
+
+
+def evaluate_sharded() -> list[Any]:
+    network, rank = make_network(), dist.get_rank()
+    fully_shard(network[0])
+    fully_shard(network)  # which keeps whole parameters after a forward pass without gradients
+    return evaluate_often(network, slice(4 * rank, 4 * rank + 4))
+
+
+# found: 16
+def test_averages_reach_a_forward_pass(processes: Processes) -> None:
+    expected = join([evaluate_often(make_network(), slice(None))])
+    assert len({round(float(loss), 5) for loss in expected}) > 4
+    torch.testing.assert_close(join(processes.run(2, evaluate_sharded)), expected)
 
 
 def make_network() -> nn.Sequential:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import LBFGS
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from gradchain import schedule
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -103,16 +104,18 @@ def test_its_optimizer_shows_ours(adapt: Adapt) -> None:
     assert ours.param_groups[1]["clip_by_global_norm.max_norm"] == 0.1
 
 
+# found: 15
 def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path) -> None:
     def start(seed: int) -> tuple[Any, Any]:
         accelerator = accelerate.Accelerator(cpu=True)
         model = make_model(seed)
         optimizer = adapt(make_adamw(model), **CHAINS)
-        return accelerator, accelerator.prepare(model, optimizer, StepLR(optimizer, 3, gamma=0.1))
+        of_norm = schedule(optimizer, "clip_by_global_norm.max_norm", ExponentialLR, gamma=0.9)
+        return accelerator, accelerator.prepare(model, optimizer, StepLR(optimizer, 3, gamma=0.1), of_norm)
 
     def go_on(prepared: Any, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        model, optimizer, scheduler = prepared
-        return train(model, optimizer, schedulers=[scheduler], data=data)
+        model, optimizer, *schedulers = prepared
+        return train(model, optimizer, schedulers=schedulers, data=data)
 
     _, whole = start(0)
     expected = go_on(whole, batches())
@@ -123,6 +126,8 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     accelerator.load_state(tmp_path)
     assert_same(go_on(second, batches()[4:]), expected)
     assert_same(second[1].state_dict()["state"], whole[1].state_dict()["state"])
+    for _, optimizer, *_ in (whole, second):
+        assert optimizer.param_groups[0]["clip_by_global_norm.max_norm"] == pytest.approx(0.1 * 0.9**8)
 
 
 def test_its_gradient_scaler_skips_an_overflow(adapt: Adapt) -> None:

@@ -7,6 +7,7 @@ own digits are rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -462,6 +463,19 @@ TRAININGS = [
         lambda: optax.lars(LR, trust_coefficient=0.1),
         label="lars",
     ),
+    Training(  # found: 11
+        "trust_ratio",
+        lambda p: optimizer(
+            p,
+            SGD,
+            momentum=0.9,
+            pre=chain(
+                lambda tensor, group: tensor + 0.3 * group["param"], gc.trust_ratio(lr_included=False), gc.scale(0.1)
+            ),
+        ),
+        lambda: optax.lars(LR, weight_decay=0.3, trust_coefficient=0.1),
+        label="lars with weight decay",
+    ),
     Training(
         "freeze",
         lambda p: optimizer(p, torch.optim.AdamW, lr=LR, weight_decay=0.3, update=gc.freeze("*bias")),
@@ -508,7 +522,8 @@ def train_ours(
             params[name].grad = torch.tensor(grad)
         optimizer.step()
         finish()
-        with optimizer.averaged():
+        keeps_average = {"param_ema", "lookahead"} & {getattr(t, "state_name", None) for t in optimizer.post}
+        with optimizer.averaged() if keeps_average else nullcontext():
             averages = values()
         yield values(), averages
 
@@ -563,3 +578,20 @@ def test_schedule() -> None:
     steps = train_ours(lambda p: optimizer(p, SGD, pre=gc.clip_by_rms(1.0)), after_step=decay)
     for step, ((ours, _), theirs) in enumerate(zip(steps, train_theirs(tx), strict=True)):
         assert_close(ours, theirs, TOLERANCE["float64"], f"step {step}")
+
+
+# found: 11
+def test_plateau() -> None:
+    tx = optax.contrib.reduce_on_plateau(factor=0.5, patience=5, rtol=1e-4)
+    state = tx.init(jnp.ones(1))
+    optim = ParamTransformingOptimizer([torch.ones(1, requires_grad=True)], SGD, pre=gc.clip_by_rms(1.0), lr=LR)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    scheduler = gc.schedule(optim, "clip_by_rms.threshold", plateau, factor=0.5, patience=4, threshold=1e-4)
+    scales = []
+    for step in range(3 * STEPS):
+        value = 1.0 if step else 2.0
+        _, state = tx.update(jnp.ones(1), state, value=jnp.asarray(value))
+        scheduler.step(value)
+        scales.append((optim.param_groups[0]["clip_by_rms.threshold"], float(state.scale)))
+    assert len({ours for ours, _ in scales}) > 5
+    assert all(ours == theirs for ours, theirs in scales)

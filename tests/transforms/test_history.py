@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
-from gradchain import ParamTransformingOptimizer, Transform, clip_by_history, clip_by_zscore
+from gradchain import ParamTransformingOptimizer, Transform, chain, clip_by_global_norm, clip_by_history, clip_by_zscore
 from gradchain.transform import BoundTransform, State
 
 
@@ -45,6 +45,18 @@ def z_clipped_norms(norms: list[float], threshold: float, decay: float, warmup: 
             mean, variance = np.mean(norms[:warmup]).item(), np.var(norms[:warmup]).item()
         results.append(result)
     return results
+
+
+# found: 11
+def test_a_bound_comes_after_zscore() -> None:
+    norms, x = [1.0, 1.2, 0.8, 1.1, 0.9, 9.0, 1.0, 1.3], tensor([1.0], dtype=torch.float64)
+    both = chain(clip_by_zscore(2.5, warmup=5), clip_by_global_norm(0.95))
+    state, results = both.init(x, {}), []
+    for norm in norms:
+        result, state = both.update(norm * x, {}, state)
+        results.append(result.item())
+    assert_close(results, [min(norm, 0.95) for norm in z_clipped_norms(norms, 2.5, 0.97, 5)])
+    assert "``clip_by_global_norm`` after it for a bound" in str(clip_by_zscore.__doc__)
 
 
 def norms_of(steps: int) -> list[float]:

@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 import re
 from collections.abc import Callable
 from math import inf, sqrt
@@ -270,6 +272,131 @@ def test_ball_around_reference_bounds_an_attack() -> None:
     assert (sizes > 0.4).any()
     assert attacked.min() >= 0
     assert attacked.max() <= 1
+
+
+Adapt: Any = pytest.mark.parametrize("adapt", ["wrapped", "attached"])
+
+
+def optimize(adapt: str, params: Any, post: Transform, param_ndim: int | None = -1) -> torch.optim.Optimizer:
+    if adapt == "wrapped":
+        return gc.ParamTransformingOptimizer(params, post=post, param_ndim=param_ndim, lr=1.0)
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    gc.attach(optimizer, post=post, param_ndim=param_ndim)
+    return optimizer
+
+
+def move(params: list[Tensor]) -> None:
+    """A random start, far outside of any ball."""
+    with torch.no_grad():
+        for param in params:
+            param += 10 * torch.randn_like(param)
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn_like(param)
+    optimizer.step()
+
+
+def assert_around(params: Any, centres: list[Tensor], radius: float = 0.5, units: int | None = 1) -> None:
+    for param, centre in zip(params, centres, strict=True):
+        way = param.detach() - centre
+        sizes = way.norm()[None] if units is None else way.flatten(1).norm(dim=1)
+        assert_close(sizes, torch.full_like(sizes, radius), rtol=1e-4, atol=0)
+
+
+# found: 34
+@Adapt
+@pytest.mark.parametrize("param_ndim", [-1, None])
+@pytest.mark.parametrize("given", [None, "tensor", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_reference_is_that_before_the_random_start(
+    adapt: str, param_ndim: int | None, given: str | None, dtype: torch.dtype
+) -> None:
+    images = [torch.rand(5, 3, 4, 4).to(dtype), torch.rand(2, 3, 4, 4).to(dtype)]
+    params = [nn.Parameter(image.clone()) for image in images]
+    reference: Any = {None: None, "tensor": torch.full((3, 1, 1), 7.0), "tensors": [image + 3 for image in images]}[
+        given
+    ]
+    optimizer = optimize(adapt, params, gc.project_ball_around_reference(0.5, reference=reference), param_ndim)
+    move(params)
+    centres = {None: images, "tensor": [torch.full_like(image, 7.0) for image in images], "tensors": reference}[given]
+    for _ in range(2):
+        step(optimizer)
+        assert_around(params, centres, units=param_ndim)
+
+
+# found: 34
+@Adapt
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_reference_is_in_the_state_dict(adapt: str, steps: int) -> None:
+    image = torch.rand(5, 3)
+    params, others = [nn.Parameter(image.clone())], [nn.Parameter(torch.zeros(5, 3))]
+    post = chain(gc.clamp(-100, 100), gc.project_ball_around_reference(0.5))
+    optimizer, other = optimize(adapt, params, post), optimize(adapt, others, post)
+    move(params)
+    for _ in range(steps):
+        step(optimizer)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    move(others)
+    step(other)
+    assert_around(others, [image])
+    bare = torch.optim.SGD(params).state_dict()
+    optimizer.load_state_dict(bare)  # which has no reference
+    step(optimizer)
+
+
+# found: 34
+def test_copies_keep_the_reference() -> None:
+    image = torch.rand(5, 3)
+    params = [nn.Parameter(image.clone())]
+    optimizer = optimize("wrapped", params, gc.project_ball_around_reference(0.5))
+    move(params)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        step(copied)
+        assert_around(copied.param_groups[0]["params"], [image])
+
+
+# found: 34
+def test_a_parameter_that_is_added_has_its_reference_from_then_on() -> None:
+    images = [torch.rand(5, 3), torch.rand(4, 3)]
+    params = [nn.Parameter(image.clone()) for image in images]
+    optimizer = optimize("wrapped", params[:1], chain(gc.param_ema(0.9), gc.project_ball_around_reference(0.5)))
+    move(params[:1])
+    step(optimizer)
+    optimizer.add_param_group({"params": params[1:]})
+    move(params[1:])
+    step(optimizer)
+    assert_around(params, images)
+    with optimizer.averaged():  # type: ignore[attr-defined]  # of what each step left, from the first one on
+        assert (params[0].detach() - images[0]).norm() < 100
+
+
+# found: 34
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        (torch.zeros(4, 3), ValueError, "needs a reference that broadcasts to its parameter of shape (2, 3), got"),
+        ([torch.zeros(2, 3)], ValueError, "has a reference for each of 1 parameters, and none for number 1; give one"),
+        ([1.0], TypeError, "project_ball_around_reference: needs tensors as references, got reference=[1.0]"),
+        (1.0, TypeError, "project_ball_around_reference.reference must be a tensor or a sequence or None, got 1.0"),
+    ],
+)
+def test_references_that_do_not_fit(reference: Any, error: type[Exception], message: str) -> None:
+    params = [nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
+    for adapt in ("wrapped", "attached"):
+        with pytest.raises(error, match=re.escape(message)):
+            optimize(adapt, params, gc.project_ball_around_reference(0.5, reference=reference))
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    with pytest.raises(error, match=re.escape(message)):
+        gc.attach(optimizer, post=gc.project_ball_around_reference(0.5, reference=reference))
+    step(optimizer)  # nothing is attached
+    assert "param_ndim" not in optimizer.param_groups[0]
+    optimizer = optimize("wrapped", params[:1], gc.project_ball_around_reference(0.5, reference=[torch.zeros(2, 3)]))
+    with pytest.raises(ValueError, match="post, group 1, parameter 0 of shape .2, 3., .*none for number 1"):
+        optimizer.add_param_group({"params": params[1:]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_ball_around_reference_keeps_its_centre_in_float32() -> None:

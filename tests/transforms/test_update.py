@@ -65,6 +65,26 @@ def test_by_hand(transform: Transform, group: Group, expected: list[float]) -> N
     assert_close(transform(U, group), tensor(expected))
 
 
+# found: 11
+def test_cautious_adam_with_decay_after_it_is_that_of_the_paper() -> None:
+    lr, decay = 0.1, 0.5
+    ours = nn.Parameter(torch.randn(20, dtype=torch.float64))
+    theirs = ours.detach().clone()
+    update = chain(cautious(), decay_weights(lr * decay))
+    optim = ParamTransformingOptimizer([ours], Adam, update=update, lr=lr)
+    mean, square = torch.zeros_like(theirs), torch.zeros_like(theirs)
+    for step in range(1, 11):
+        grad = torch.randn_like(theirs)
+        ours.grad = grad.clone()
+        optim.step()
+        mean.lerp_(grad, 0.1)
+        square.lerp_(grad**2, 0.001)
+        adam = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        mask = (adam * grad > 0).to(adam.dtype)
+        theirs = theirs - lr * decay * theirs - lr * adam * mask / mask.mean().clamp_min(1e-3)
+        assert_close(ours.detach(), theirs)
+
+
 def test_cautious_keeps_a_tenth_of_a_percent_at_least() -> None:
     grad = torch.full((10_000,), -1.0)
     grad[0] = 1.0
