@@ -31,7 +31,7 @@ class Case:
 HIDES_NAN = frozenset({"propagates_nan"})
 # Each call draws another share, so that two results are not to be compared.
 DRAWS = frozenset(
-    {"deterministic", "any_layout", "half_precision", "broadcasts", "vmaps", "compiles", "in_place", "copies"}
+    {"deterministic", "any_layout", "half_precision", "broadcasts", "vmaps", "compiles", "copies"}
 )
 # Each tensor draws from one stream, seeded once, on the CPU: not each sub-tensor from its own, and not within graphs.
 SEEDED = frozenset({"broadcasts", "vmaps", "compiles"})

@@ -78,37 +78,6 @@ def test_breaks_where_the_inner_optimizer_does(chains: dict[str, Any]) -> None:
     assert compare(lambda params: ParamTransformingOptimizer(params, Adam, lr=0.1, **chains)) <= bare
 
 
-RULES = [
-    case
-    for case in CASES
-    if isinstance(case.transform, BoundTransform) and not {"compiles", "deterministic"} & case.skip
-]
-
-
-@pytest.mark.parametrize("start", range(0, len(RULES), 12))
-def test_every_rule(start: int) -> None:
-    def act(tensors: list[Tensor], states: list[Any]) -> None:
-        for case, tensor, state in zip(cases, tensors, states, strict=True):
-            transform = case.transform
-            assert isinstance(transform, BoundTransform)
-            view, _ = transform.measure([tensor], {}, state)
-            group = {**view, "dim": (-1,)}
-            own = [state] if state and not transform.shares_state else []
-            transform.act_in_place([tensor], group, context, own, transform.arguments)
-
-    # Whether to skip a step is read on the host, which ends a graph.
-    cases = [case for case in RULES[start : start + 12] if not repr(case.transform).startswith("skip_")]
-    context = {key: lambda: [torch.linspace(-1, 2, 6).reshape(2, 3)] for key in ("param", "grad")}
-    results = []
-    for function in (act, torch.compile(act, backend="eager", fullgraph=True)):
-        tensors = [torch.linspace(-2, 3, 6).reshape(2, 3) for _ in cases]
-        states = [case.transform.init(torch.ones(2, 3), {}) for case in cases]
-        function(tensors, states)
-        results.append([*tensors, *(value for state in states for value in state.values())])
-    for eager, compiled in zip(*results, strict=True):
-        assert_close(compiled, eager)
-
-
 def test_a_changing_tensor_does_not_recompile() -> None:
     params = make_params()
     optimizer = ParamTransformingOptimizer(

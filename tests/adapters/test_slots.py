@@ -46,7 +46,7 @@ def zero(tensor: Tensor, group: Group) -> State:
     return {"mean": torch.zeros_like(tensor), "count": torch.zeros((), dtype=torch.int64)}
 
 
-@transform(init=zero, elementwise=True)
+@transform(init=zero, acts_on="element")
 def average(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
     """A running mean, which counts."""
     mean = 0.9 * state["mean"] + 0.1 * tensor

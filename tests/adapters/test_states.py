@@ -120,7 +120,7 @@ def test_skipping_without_a_step() -> None:
 
 
 def test_state_that_holds_its_input_is_not_overwritten() -> None:
-    @transform(init=lambda tensor, group: {"previous": tensor}, elementwise=True)
+    @transform(init=lambda tensor, group: {"previous": tensor}, acts_on="element")
     def difference(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         return tensor - state["previous"], {"previous": tensor}
 

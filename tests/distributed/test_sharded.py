@@ -27,7 +27,7 @@ def of_zeros(tensor: Tensor, group: Group) -> State:
     return {"sum": torch.zeros_like(tensor), "steps": tensor.new_zeros(())}
 
 
-@transform(init=of_zeros, elementwise=True)
+@transform(init=of_zeros, acts_on="element")
 def average(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
     """Has no rule, and a state that is no part of a tensor."""
     total: Tensor = state["sum"] + tensor

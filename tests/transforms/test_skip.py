@@ -32,7 +32,7 @@ def no_sum(tensor: Tensor, group: Group) -> State:
     return {"sum": torch.zeros_like(tensor)}
 
 
-@transform(init=no_sum, elementwise=True)
+@transform(init=no_sum, acts_on="element")
 def remember_sum(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
     return tensor, {"sum": state["sum"] + tensor}
 
