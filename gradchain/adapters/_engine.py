@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.optim import Optimizer
 
-from gradchain._sharding import gather, is_distributed
+from gradchain._sharding import gather, is_distributed, local
 from gradchain._units import list_stages
 from gradchain.adapters._construction import (
     check_group,
@@ -431,11 +433,12 @@ class Step:
             params, update = self.roster.params, self.plans.get("update")
             if update is not None:
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
-                for i in update.touched:
-                    params[i].sub_(self.before[i])
+                moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
+                if not update.is_plain:  # elementwise, so that shards do
+                    moved, before = list(map(local, moved)), list(map(local, before))
+                _subtract(moved, before, looks=update.is_on_cpu and not torch.compiler.is_compiling())
                 self._run("update", params, {"param": self.before, "grad": self.grads})
-                for i in update.touched:
-                    params[i].add_(self.before[i])
+                torch._foreach_add_(moved, before)
             self.transform_params()
             self.commit()
 
@@ -512,6 +515,25 @@ def _writable(grad: Tensor) -> Tensor:
         return grad
     shares = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return (grad.contiguous() if shares else grad).resolve_conj().resolve_neg()
+
+
+def _subtract(params: list[Tensor], before: list[Tensor], *, looks: bool) -> None:
+    """Replace parameters by how far they have moved: where they are infinite as before, not at all.
+
+    There, inf - inf would be NaN. Masks take longer than all else here; ``looks`` is to find out first, from sums,
+    whether any are needed, which on devices other than the CPU would be to wait.
+    """
+    stays = [] if looks and _are_finite(before) else list(map(torch.eq, params, before))
+    torch._foreach_sub_(params, before)
+    for tensor, same in zip(params, stays, strict=False):
+        tensor.masked_fill_(same, 0)
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    large = [tensor for tensor in tensors if tensor.numel() >= 2**14]
+    small = [tensor for tensor in tensors if tensor.numel() < 2**14] if large else tensors
+    sums = [tensor.sum().item() for tensor in ([_flatten_dense_tensors(small)] if small else []) + large]
+    return math.isfinite(sum(sums))
 
 
 def rescales(group: Group) -> bool:

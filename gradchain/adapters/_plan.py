@@ -130,6 +130,8 @@ class Plan:
                 error = TypeError(needs_dense(items[i].form))
                 error.failed_item = i  # type: ignore[attr-defined]
                 raise error
+        self.is_plain = all(_is_plain(items[i].form) for i in self.touched)
+        self.is_on_cpu = self.is_plain and all(items[i].form.is_cpu for i in self.touched)
         self.is_trusted = all(operation.is_trusted for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
         self.has_run = False

@@ -91,10 +91,14 @@ class Tensors:
         )
         # A gradient that its parameter would not take any more is that of before ``param.data`` was replaced.
         params = self.params
-        of_params = (
-            list(map(look, params)) for look in (_SHAPE, _DTYPE, Tensor.get_device, Tensor.is_contiguous, type)
+        return (
+            list(map(_SHAPE, params)),
+            list(map(_DTYPE, params)),
+            list(map(Tensor.get_device, params)),
+            list(map(Tensor.is_contiguous, params)),
+            list(map(type, params)),
+            grads,
         )
-        return *of_params, grads
 
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradchain.adapters._engine import SLOTS, Engine, Step
+from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal
 from gradchain.adapters._states import Member, Roster, TransformStates
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.broadcast import Broadcast
@@ -113,7 +113,13 @@ class _OneParameter:
         return handle
 
     def __call__(self, param: Tensor) -> None:
-        """Make the step of the parameter."""
+        """Make the step of the parameter, if the optimizer still has it."""
+        if not self._is_in_place():
+            found = [member for member in self.optimizer._engine.roster.members if member.param is param]
+            if not found:
+                return
+            (self.member,) = found
+            self._start()
         try:
             self._step()
         finally:
@@ -125,14 +131,11 @@ class _OneParameter:
         group = self.member.group
         own_group = {**group, "params": [self.member.param]}
         self.inner_opt.param_groups, self.inner_opt.state = [own_group], self.optimizer.inner_opt.state
-        step = Step(self._engine)
-        try:
-            step.transform_grads()
+        if is_rehearsal(self.optimizer.param_groups):
             self.inner_opt.step()
-            step.finish()
-        except BaseException:
-            step.undo()
-            raise
+            self._engine.start()
+        else:
+            self._transform_and_step()
         for outer in (self.optimizer, self.optimizer.inner_opt):
             outer.__dict__["_opt_called"] = True  # or a scheduler would warn that there was no step
         changed = [key for key, value in group.items() if own_group[key] is not value and key != "params"]
@@ -142,6 +145,23 @@ class _OneParameter:
                 f"{self.member.place()}: {type(self.inner_opt).__name__} wrote {written} to its param group, for all "
                 "parameters together; step_in_backward needs an inner optimizer that acts on each by itself"
             )
+
+    def _transform_and_step(self) -> None:
+        step = Step(self._engine)
+        try:
+            step.transform_grads()
+            self.inner_opt.step()
+            step.finish()
+        except BaseException:
+            step.undo()
+            raise
+
+    def _is_in_place(self) -> bool:
+        """Whether the parameter is where it was, with as many before it."""
+        groups, (group, index) = self.optimizer.param_groups, self.member.position
+        params = groups[group]["params"] if group < len(groups) else []
+        before = sum(len(each["params"]) for each in groups[:group])
+        return index < len(params) and params[index] is self.member.param and before + index == self.member.number
 
     def _look(self) -> list[Any]:
         """What it depends on, which a checkpoint that is loaded replaces."""

@@ -113,6 +113,22 @@ def test_update_sees_and_changes_the_displacement(InnerOpt: Any) -> None:
         assert len(seen) == 2
 
 
+# found: 42
+@pytest.mark.parametrize("update", [clip_by_norm(9.0), scale(1.0), lambda tensor, group: tensor, clamp(-1, 1)])
+def test_infinite_parameters_that_do_not_move_stay(update: Transform) -> None:
+    inf, nan = float("inf"), float("nan")
+    x, finite = nn.Parameter(torch.tensor([-inf, inf, 2.0, inf])), nn.Parameter(torch.tensor([1.0]))
+    optim = ParamTransformingOptimizer([x, finite], update=update, param_ndim=None, lr=1.0)
+    for _ in range(2):
+        x.grad, finite.grad = torch.tensor([0.0, 0.0, 0.5, 0.0]), torch.tensor([0.5])
+        optim.step()
+    assert x.tolist() == [-inf, inf, 1.0, inf]
+    assert finite.item() == 0.0
+    x.grad = torch.tensor([0.0, 0.0, nan, inf])
+    optim.step()
+    assert x[2:].isnan().all()
+
+
 def test_update_that_changes_nothing_is_exact() -> None:
     params, plain = make_params(), make_params()
     train(ParamTransformingOptimizer(params, Adam, update=lambda u, group: u, param_ndim=None), params, range(5))
