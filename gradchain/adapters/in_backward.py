@@ -31,7 +31,8 @@ def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
     ``GradScaler`` or averaged by ``DistributedDataParallel`` before it. A parameter without a gradient gets no ``post``
     either; one that is shared by segments of a reentrant ``torch.utils.checkpoint`` makes a step in each. Step hooks of
     the optimizer do not run; those of the inner optimizer run for each parameter. Parameters that are added or unfrozen
-    later are left out until this is called again, which replaces what it did before.
+    later are left out until this is called again, which replaces what it did before. Parameters that are removed from
+    the optimizer make no step, and keep their gradients.
 
     If a transform raises, so does the backward pass, and the parameter and the states of its transforms are as they
     were; parameters whose gradients came before have made their step, and the others make none.

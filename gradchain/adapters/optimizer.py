@@ -59,6 +59,10 @@ class ParamTransformingOptimizer(Optimizer):
     its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
     that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
 
+    Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
+    now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
+    transforms, too; where ``new`` has another shape, the tensors in ``state[new]["transforms"]`` need it as well.
+
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
 
