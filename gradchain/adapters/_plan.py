@@ -328,7 +328,7 @@ class _Measure(_Operation):
         super().__init__(at)
         self.stage = stage
         self.group = items[self.at[0]].group
-        self.state: State = leaves[_oldest(list(leaves), items)[0]] if leaves else {}
+        self.state: State = next(iter(leaves.values()), {})
         self.view = view
         self.skips = bool(_flags(self.state))
         bound = stage.transform
@@ -508,6 +508,10 @@ def _operations(stage: Stage, items: Sequence[Item], at: Sequence[int], path: tu
         paths = [(*path, stage.keys[kind]) if kind in stage.keys else path for kind in range(len(parts))]
         members = zip(stage.stages, parts, paths, strict=True)
         return [operation for member, part, below in members for operation in _operations(member, items, part, below)]
+    if isinstance(stage, Broadcast) and stage.shares_state and at:
+        shared = _leaf(items[_oldest(at, items)[0]].state, path)
+        for i in at:
+            _leaf(items[i].state, path[:-1])[path[-1]] = shared
     acting = [i for i in at if items[i].takes_part and items[i].form.numel()]
     if not acting:
         return []
@@ -530,8 +534,6 @@ def _operations_on_each(
     if bound is not None and bound.definition.measure is not None:
         found.append(_Measure(stage, items, acting, leaves, view))
     if stage.shares_state:
-        for i in at:
-            _leaf(items[i].state, path[:-1])[path[-1]] = leaves[_oldest(at, items)[0]]
         leaves = {}
     kinds: dict[Any, list[int]] = {}
     for i in acting:
