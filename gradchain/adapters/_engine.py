@@ -431,7 +431,7 @@ class Step:
             if self.plans is None:  # the closure was not called
                 self.plans = self.look().of
             params, update = self.roster.params, self.plans.get("update")
-            if update is not None:
+            if update is not None and update.touched:
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
                 moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
                 if not update.is_plain:  # elementwise, so that shards do

@@ -136,6 +136,13 @@ def test_update_that_changes_nothing_is_exact() -> None:
     assert_equal(params, plain)
 
 
+def test_update_without_any_gradient() -> None:
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    ParamTransformingOptimizer(params, update=lambda u, group: 2 * u, lr=1.0).step()
+    assert_equal([param.detach() for param in params], before)
+
+
 def test_all_slots_in_order() -> None:
     x = nn.Parameter(torch.tensor([1.0, -1.0]))
     x.grad = torch.tensor([4.0, -8.0])
