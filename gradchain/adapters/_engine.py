@@ -27,7 +27,9 @@ from gradchain.adapters._construction import (
     prefixes,
     warn_of_unread,
 )
+from gradchain.adapters._names import Names
 from gradchain.adapters._plan import Item, Plan, SkippedStep, Work, needs_dense
+from gradchain.adapters._reach import check_reach
 from gradchain.adapters._states import Member, Roster, Tensors, TransformStates
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
@@ -92,9 +94,12 @@ class Weak(Generic[T]):
 class Engine:
     """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
 
-    def __init__(self, owner: Owner, states: TransformStates, numbered: Numbered | None = None) -> None:
+    def __init__(
+        self, owner: Owner, states: TransformStates, numbered: Numbered | None = None, names: Names | None = None
+    ) -> None:
         self._owner = Weak(owner)
         self.states = states
+        self.names = Names() if names is None else names
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: Plans | None = None
@@ -158,7 +163,7 @@ class Engine:
         """The parameters."""
         known = self._roster
         if known is None or not known.is_of(self.owner.param_groups):
-            known = Roster(self.owner.param_groups)
+            known = Roster(self.owner.param_groups, self.names)
             self.states.adopt(self.owner.inner_opt, known.params)
             self._roster = None if torch.compiler.is_compiling() else known
         return known
@@ -208,9 +213,15 @@ class Engine:
             groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
             check_group(index, groups[index], self.chains())
         members = [member._replace(group=groups[member.position[0]]) for member in members]
+        check_reach(self.chains(), members, owner._hooked_slots, are_all=False)
         states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
         warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
+
+    def take_names(self, names: Names) -> None:
+        """Name parameters so from now on."""
+        self.names = names
+        self._roster = self._plans = None
 
     def give_states(self, states: TransformStates) -> None:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
@@ -293,6 +304,7 @@ class Engine:
                     form=grad if slot == "pre" and grad is not None else member.param.detach(),
                     group=member.group,
                     identity=member.identity(slot),
+                    param=member.param,
                     context=tuple(key for key in context if key != "grad" or has_grad),
                     state=self.states.of(slot, member),
                     takes_part=slot == "post" or grad is not None,

@@ -46,6 +46,8 @@ class Item(NamedTuple):
     """Has its shape, dtype, device and layout."""
     group: Group
     identity: Group
+    param: Tensor
+    """The parameter that the tensor is, or belongs to."""
     context: tuple[str, ...]
     """Which of ``CONTEXT`` there is for it."""
     state: State
@@ -59,7 +61,7 @@ class Item(NamedTuple):
 
     def read(self) -> Group:
         """What says which transform is for it."""
-        group = {**self.group, **self.identity}
+        group = {**self.group, **self.identity, "param": self.param}
         return group if torch.compiler.is_compiling() else _Reading(group, self.watched)
 
 
@@ -368,7 +370,9 @@ class _Together(_Operation):
         for i, item in zip(part.at, self.items, strict=True):
             tensors.append(work.tensors[i].detach() if item.takes_part else self.empty[i])
             context = {key: work.context[key][i].detach() for key in item.context if item.takes_part}
-            groups.append({**item.group, **item.identity, **context})
+            # Masks in it read the parameter in ``post`` too, and that of what takes no part.
+            param = tensors[-1] if item.takes_part else item.param.detach()
+            groups.append({**item.group, **item.identity, "param": param, **context})
         try:
             results, new_states = self.stage.run(tensors, groups, states)
         except Exception as error:

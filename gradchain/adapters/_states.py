@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradchain._sharding import gather_anew
 from gradchain.adapters._construction import describe
+from gradchain.adapters._names import Names
 from gradchain.adapters._plan import map_state, own
 from gradchain.broadcast import Broadcast
 from gradchain.chain import Chain
@@ -33,6 +34,8 @@ class Member(NamedTuple):
     group: Group
     position: tuple[int, int]
     number: int
+    model_name: str | None = None
+    """Its name in the model that the optimizer knows."""
 
     @property
     def grad(self) -> Tensor:
@@ -42,28 +45,37 @@ class Member(NamedTuple):
 
     def identity(self, slot: str) -> Group:
         """What tells a transform where it acts, and on which parameter."""
-        names = self.group.get("param_names")
-        name = {"name": names[self.position[1]]} if names else {}
+        name = {} if self.name is None else {"name": self.name}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
     def context(self, slot: str) -> Group:
         """Its group, and what tells a transform where it acts."""
         return {**self.group, **self.identity(slot)}
 
+    @property
+    def name(self) -> str | None:
+        """Its name in the model, or else the one with which it was given to the optimizer, if there is one."""
+        names = self.group.get("param_names")
+        return self.model_name or (names[self.position[1]] if names else None)
+
     def place(self) -> str:
         """The words that say where the parameter is."""
-        return describe(self.position[0], self.group, self.position[1])
+        return describe(self.position[0], self.group, self.position[1], self.name)
 
 
 class Roster:
     """The parameters of an optimizer, as long as they are the same."""
 
-    def __init__(self, param_groups: Sequence[Group]) -> None:
+    def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
         self.groups = list(param_groups)
         self._lists = [(group, list(group["params"])) for group in param_groups]
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
-        self.members = [Member(p, group, position, number) for number, (p, group, position) in enumerate(located)]
-        self.params = [member.param for member in self.members]
+        self.params = [param for param, _, _ in located]
+        known = names.of(self.params)
+        self.members = [
+            Member(param, group, position, number, known.get(param))
+            for number, (param, group, position) in enumerate(located)
+        ]
 
     def is_of(self, param_groups: Sequence[Group]) -> bool:
         """Whether these are the parameters in ``param_groups``."""

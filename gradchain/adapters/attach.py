@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -29,7 +29,8 @@ from gradchain.adapters._construction import (
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._plan import SkippedStep
-from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters._reach import check_reach
+from gradchain.adapters._states import KEY, Member, Roster, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
@@ -48,6 +49,7 @@ def attach(
     post: Transform | None = None,
     param_ndim: int | None = -1,
     defaults: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
 ) -> Attached:
     """Put transforms around every step of an optimizer that exists, from now on.
 
@@ -82,13 +84,18 @@ def attach(
         param_ndim: What the transforms act on, where a group does not say it; see ``broadcast``. The default, -1, is
             each entry along the first dimension: each row of weights, but each element of a bias.
         defaults: Further keys of the groups, with the values for those that lack them.
+        model: The model that has the parameters, by which they get names; see ``ParamTransformingOptimizer``. Most code
+            makes optimizers without names, which patterns such as ``masked(t, "*lora_B*")`` need.
 
     Returns:
         What ends it: by ``remove()``, or at the end of a ``with`` block. It does not keep the optimizer alive.
 
     Raises:
         TypeError: Something is of the wrong type, or ``optimizer`` has chains already, in another way.
-        ValueError: A value is out of range, ``param_ndim`` does not fit a parameter, or a key has two defaults.
+        ValueError: A value is out of range, ``param_ndim`` does not fit a parameter, a key has two defaults, or no
+            parameter has a name that matches a pattern of ``masked`` or ``freeze``.
+        UserWarning: A kind of ``partition`` matches no parameter, or a key of a group is the last part of the key of a
+            hyperparameter.
         RuntimeError: In a step: gradients are still scaled, which the optimizer would undo after the transforms.
 
     Example:
@@ -117,7 +124,7 @@ def attach(
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
     attached = Attached(hooks, chains, own_defaults)
-    hooks.add(attached, numbered)
+    hooks.add(attached, numbered, model)
     return attached
 
 
@@ -251,7 +258,7 @@ class _Hooks:
     def _run_hook(self, slot: str, member: Member) -> None:
         """There are none."""
 
-    def add(self, attached: Attached, numbered: Mapping[str, Chain]) -> None:
+    def add(self, attached: Attached, numbered: Mapping[str, Chain], model: nn.Module | None) -> None:
         """Let it act after all others."""
         chains = {slot: chain(getattr(self, slot), numbered[slot]) for slot in SLOTS}
         hyperparameters(chains)  # raises where two have one key
@@ -261,8 +268,11 @@ class _Hooks:
                     f'"{key}" is {self.defaults[key]!r} by what is attached already, and cannot be {value!r} too; give '
                     "the same, with broadcast(t, n) around a transform that needs another param_ndim"
                 )
-        for index, group in enumerate(self.param_groups):
-            check_group(index, {**attached.defaults, **group}, chains)
+        groups = [{**attached.defaults, **group} for group in self.param_groups]
+        for index, group in enumerate(groups):
+            check_group(index, group, chains)
+        names = self.engine.names.joined_by(model, self.engine.roster.params)
+        check_reach(numbered, Roster(groups, names).members)
         optimizer = self.inner_opt
         new = attached.defaults.keys() - self.defaults.keys() - optimizer.defaults.keys()
         self._own_keys += [set() for _ in self.param_groups[len(self._own_keys) :]]
@@ -276,6 +286,7 @@ class _Hooks:
         self.defaults.update(attached.defaults)
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
+        self.engine.take_names(names)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
         try:
             self.engine.begin()

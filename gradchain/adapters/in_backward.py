@@ -179,7 +179,7 @@ class _OneParameter:
         roster = copy.copy(optimizer._engine.roster)
         self.member = roster.members[self.member.number]
         roster.members, roster.params, roster.groups = [self.member], [self.member.param], [self.member.group]
-        self._engine = _EngineOfOne(self, roster, _StatesOfOne(optimizer._engine.states.by_param))
+        self._engine = _EngineOfOne(self, roster, optimizer._engine)
         self._sources = self._look()
 
     @property
@@ -198,8 +198,8 @@ class _OneParameter:
 class _EngineOfOne(Engine):
     """Runs chains on one parameter, which has the number and the group that it has among all."""
 
-    def __init__(self, owner: Any, roster: Roster, states: TransformStates) -> None:
-        super().__init__(owner, states)
+    def __init__(self, owner: Any, roster: Roster, engine: Engine) -> None:
+        super().__init__(owner, _StatesOfOne(engine.states.by_param), engine.numbered, engine.names)
         self._one = roster
 
     @property

@@ -721,7 +721,11 @@ def test_averages() -> None:
     [
         ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
         ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
-        ({"param_ndim": 2}, ValueError, "group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs"),
+        (
+            {"param_ndim": 2, "pre": normalize()},
+            ValueError,
+            "pre: stage 0, normalize.*: group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs",
+        ),
         ({"param_ndim": 1.0}, TypeError, "group 0: param_ndim must be an int or None, got 1.0"),
         ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; set them in its param groups"),
         ({"defaults": {"clamp.max": -2}, "post": clamp(-1, 1)}, ValueError, "post, group 0: stage 0, clamp"),

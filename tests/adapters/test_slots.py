@@ -523,6 +523,7 @@ def test_a_chain_that_cannot_replace_one(pre: Any, error: str) -> None:
 
 
 # found: 43
+@pytest.mark.filterwarnings("ignore:.*partition has the kind")
 @pytest.mark.parametrize("average", [param_ema(0.5, debias=False), lookahead(9, 0.5)])
 @pytest.mark.parametrize("deeper", [False, True])
 def test_averages_of_the_selected_entries(average: Any, deeper: bool) -> None:

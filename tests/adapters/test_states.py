@@ -159,6 +159,7 @@ OTHERS = masked(chain(sign(), extrapolate(0.9)), torch.tensor(True))
 
 
 # found: 4
+@pytest.mark.filterwarnings("ignore:.*partition has the kind")
 @pytest.mark.parametrize(
     ("saved", "loaded", "needed", "got"),
     [

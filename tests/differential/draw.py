@@ -167,13 +167,13 @@ class Draw:
         return f"with_error_feedback({inner})" if kind == "feedback" else f"chain({inner})"
 
     def where(self) -> str:
-        names = ["'a*'", "'*bias'"] if self.named else []
+        names = ["'a*'", "'*0.*'"] if self.named else []
         return self.rng.choice([*names, "is_matrix", "is_even", "is_x"])
 
     def partition(self, slot: str, depth: int) -> str:
         first, second = (self.stage(slot, depth + 1) for _ in range(2))
         if self.named and self.rng.random() < 0.5:
-            return f"partition({{'*bias': {first}, '*': {second}}})"
+            return f"partition({{'*0.*': {first}, '*': {second}}})"
         return f"partition({{'x': {first}, 'y': {second}}}, by='kind')"
 
     def leaf(self, slot: str) -> str:
