@@ -300,11 +300,15 @@ class Function(Each):
     stateful = False
     shares_state = False
     starts_early = False
-    state_name = "function"
 
     def __init__(self, function: Transform) -> None:
         self.function = function
         self.hyperparameters = {}
+
+    @property
+    def state_name(self) -> str:
+        """There is no state to be named."""
+        return "function"
 
     def begin(self, tensor: Tensor, group: Group) -> State:
         """There is no state."""

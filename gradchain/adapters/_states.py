@@ -135,11 +135,6 @@ class TransformStates:
         self._fitted: dict[tuple[Tensor, str], Any] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
 
-    @property
-    def are_shown(self) -> bool:
-        """Whether the inner optimizer has any of them among its own."""
-        return bool(self._shown)
-
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
         return TransformStates({param: map_state(state, Tensor.clone) for param, state in self.by_param.items()})

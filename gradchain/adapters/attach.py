@@ -241,9 +241,11 @@ class _Hooks:
         self._handles: list[RemovableHandle] = []
         self._own_flag: dict[str, Any] = {}
         """What the optimizer itself had of ``UNSCALES``."""
-        self._saves_with_hooks = "_optimizer_state_dict_post_hooks" in optimizer.__dict__
         self._running: _Running | None = None
         self._loaded: TransformStates | None = None
+        """What is being loaded, until the optimizer has loaded its own."""
+        self._has_saved = False
+        self._loads_by_own_code = False
 
     @property
     def inner_opt(self) -> Optimizer:
@@ -345,7 +347,11 @@ class _Hooks:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self._saves_with_hooks:
+        # Code of an optimizer's own may call none of the hooks, or go on after them with the state dict as it was.
+        for name, method in (("state_dict", self._save), ("load_state_dict", self._load)):
+            if getattr(type(optimizer), name) is not getattr(Optimizer, name):
+                optimizer.__dict__[name] = method
+        if "_optimizer_state_dict_post_hooks" in optimizer.__dict__:
             self._handles += [
                 optimizer.register_state_dict_post_hook(self._after_saving),
                 optimizer.register_load_state_dict_pre_hook(self._before_loading),
@@ -360,6 +366,9 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
         attributes = self.inner_opt.__dict__
+        for name, method in (("state_dict", self._save), ("load_state_dict", self._load)):
+            if attributes.get(name) == method:
+                del attributes[name]
         attributes.pop(UNSCALES, None)
         attributes.update(self._own_flag)
         attributes.pop(ATTACHED)
@@ -379,10 +388,6 @@ class _Hooks:
         if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
             return None
         _require_unscaled(self.inner_opt)
-        if not (self._saves_with_hooks or self.engine.states.are_shown):
-            loaded = TransformStates.taken_out_of(self.inner_opt)
-            if loaded.by_param:
-                self.engine.adopt(loaded)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None and is_rehearsal(self.param_groups):
             self._running = _Running(frame, self.engine.start)
@@ -410,16 +415,39 @@ class _Hooks:
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.engine.complete(state_dict, self.defaults)
+        self._has_saved = True
 
-    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        if self._loads_by_own_code:
+            return None
         self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
         return bare
 
     def _after_loading(self, optimizer: Optimizer) -> None:
-        complete_groups(self.param_groups, self.defaults)
-        if self._loaded is not None:
+        if self._loaded is not None and not self._loads_by_own_code:
+            complete_groups(self.param_groups, self.defaults)
             self.engine.give_states(self._loaded)
             self._loaded = None
+
+    # In place of the methods of an optimizer that has its own
+
+    @torch.no_grad()
+    def _save(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_saved = False
+        state_dict = type(self.inner_opt).state_dict(self.inner_opt, *args, **kwargs)
+        if not self._has_saved:
+            self._after_saving(self.inner_opt, state_dict)
+        return state_dict
+
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
+        self._loads_by_own_code = True
+        try:
+            type(self.inner_opt).load_state_dict(self.inner_opt, bare, *args, **kwargs)
+        finally:
+            self._loads_by_own_code = False
+        self._after_loading(self.inner_opt)
 
 
 @dataclass
@@ -511,6 +539,10 @@ def _hooks_of(optimizer: Optimizer) -> _Hooks:
         raise TypeError(
             f"{name} has no step hooks, since it is around another optimizer; attach to that, its .optimizer"
         )
+    if not getattr(type(optimizer).step, "hooked", False):  # Optimizer.__init__ has not been called
+        if "step" in optimizer.__dict__:
+            raise RuntimeError(f"{name}.step calls no hooks since a scheduler has wrapped it; attach before that")
+        optimizer._patch_step_function()
     hooks: _Hooks = optimizer.__dict__.get(ATTACHED) or _Hooks(optimizer)
     return hooks
 

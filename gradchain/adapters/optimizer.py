@@ -238,7 +238,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.defaults = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in SLOTS and name in self.__dict__:
+        if name in SLOTS and hasattr(self, "_engine"):
             self._replace_chain(name, value)
         else:
             super().__setattr__(name, value)
@@ -258,8 +258,11 @@ class ParamTransformingOptimizer(Optimizer):
             for key in old.keys() - new.keys():
                 known.pop(key, None)
             known.update(updated)
-        self._own_defaults = self.inner_opt.__dict__["_gradchain_defaults"] = defaults
-        self.__dict__.update(chains)
+        self._own_defaults.clear()  # in place: the inner optimizer knows them too
+        self._own_defaults.update(defaults)
+        self._engine.owner.__dict__.update(chains)
+        if slot in self.__dict__:  # Lightning and Fabric show it by another object, which may have copies
+            self.__dict__.update(chains)
         self._engine.drop_states_of_others(slot)
         self._engine.begin()
 
