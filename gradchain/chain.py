@@ -49,7 +49,11 @@ class Chain(Combinator, Sequence[Transform]):
     """Transforms in order: itself a transform, and an immutable sequence of its members. Made by ``chain``."""
 
     name = "a chain"
-    state_name = "chain"
+
+    @property
+    def state_name(self) -> str:
+        """``"chain"``, where another transform has a chain inside."""
+        return "chain"
 
     def init(self, tensor: Tensor, group: Group) -> State:
         """The first states of the stateful members. Their keys begin with the names of the members."""

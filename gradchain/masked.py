@@ -37,9 +37,9 @@ def masked(transform: Transform, where: Where) -> Combinator:
             with a mask of entries, over all entries.
         where: Which ones: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named parameters; a
             function of the group, ``(group) -> bool``, called for each parameter, which finds there the keys of the
-            param group, ``"shape"``, ``"index"`` and, if it is known, ``"name"``; or a boolean tensor that broadcasts
-            to each parameter and selects entries. An optimizer asks again when other parameters have gradients, and not
-            in every step. What is selected must not change while there is a state.
+            param group, ``"param"``, ``"shape"``, ``"index"`` and, if it is known, ``"name"``; or a boolean tensor that
+            broadcasts to each parameter and selects entries. An optimizer asks again when other parameters have
+            gradients, and not in every step. What is selected must not change while there is a state.
 
     Raises:
         TypeError: ``where`` is none of these.
@@ -298,6 +298,7 @@ def _run_some(
 
 def _read(group: Group, key: str, reader: object) -> Any:
     if key not in group:
-        remedy = "give the optimizer model.named_parameters()" if key == "name" else "set it in the param groups"
+        names = "give the optimizer model.named_parameters(), or model=model"
+        remedy = names if key == "name" else "set it in the param groups"
         raise ValueError(f'{reader!r} reads group["{key}"], which is not there; {remedy}')
     return group[key]

@@ -355,11 +355,14 @@ class Each(Stage):
 class Function(Each):
     """A plain callable, as a stage."""
 
-    state_name = "function"
-
     def __init__(self, function: Transform) -> None:
         self.function = function
         self.hyperparameters = {}
+
+    @property
+    def state_name(self) -> str:
+        """There is no state to be named."""
+        return "function"
 
     def begin(self, tensor: Tensor, group: Group) -> State:
         """There is no state."""

@@ -30,9 +30,7 @@ class Case:
 # sgn makes 0 of NaN, as in torch; zero_nonfinite does so on purpose.
 HIDES_NAN = frozenset({"propagates_nan"})
 # Each call draws another share, so that two results are not to be compared.
-DRAWS = frozenset(
-    {"deterministic", "any_layout", "half_precision", "broadcasts", "vmaps", "compiles", "copies"}
-)
+DRAWS = frozenset({"deterministic", "any_layout", "half_precision", "broadcasts", "vmaps", "compiles", "copies"})
 # Each tensor draws from one stream, seeded once, on the CPU: not each sub-tensor from its own, and not within graphs.
 SEEDED = frozenset({"broadcasts", "vmaps", "compiles"})
 # What all tensors have in common is measured of the whole tensor; a loop measures each sub-tensor.

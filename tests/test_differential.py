@@ -7,7 +7,7 @@ import torch
 
 from gradchain import Group
 from tests.differential import Mismatch, check, make_case
-from tests.differential.case import LIBRARY
+from tests.differential.case import DTYPES, EVENTS, LIBRARY
 from tests.differential.draw import TEMPLATES
 from tests.differential.shrink import report
 
@@ -34,8 +34,8 @@ def test_cases_have_all_transforms_and_all_that_can_happen() -> None:
     names |= {"masked", "partition", "broadcast", "with_error_feedback", "may_fail", "is_matrix", "is_even", "is_x"}
     assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
     steps = [step for case in cases for step in case.steps]
-    assert {step.event for step in steps} == {"", "save", "copy", "pickle", "layout"}
-    assert all(any(getattr(step, key) for step in steps) for key in ("changes", "closure", "nan", "fails"))
+    assert {step.event for step in steps} == {"", *EVENTS, *DTYPES}
+    assert all(any(getattr(step, key) for step in steps) for key in ("changes", "closure", "nan", "fails", "wrong"))
     assert sum(case.is_local() for case in cases) > COUNT / 4
     assert {param.dtype for case in cases for param in case.params().values()} == {
         *("float64", "float32", "bfloat16", "float16")

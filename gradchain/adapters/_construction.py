@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradchain._ranges import as_number
 from gradchain._sharding import require_shards
-from gradchain.broadcast import require_param_ndim, sub_ndim
+from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
 from gradchain.transform import (
     FROM_GROUP,
@@ -118,7 +118,7 @@ def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any
 
 
 def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
-    """Raise where a value in ``group`` is of the wrong type, is out of range or does not fit a parameter."""
+    """Raise where a value in ``group`` is of the wrong type or out of range."""
     place = f"group {group_index}"
     known = {key for members in chains.values() for key in members.hyperparameters}
     taken = prefixes(chains.values())
@@ -127,7 +127,7 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
             prefix, dot, _ = key.rpartition(".")
             if dot and prefix in taken:
                 raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
-        param_ndim = require_param_ndim(as_number(group["param_ndim"]))
+        require_param_ndim(as_number(group["param_ndim"]))
         for key in ("grad_scale", "grad_bias"):
             value = group.get(key, 1.0)
             if not isinstance(value, Real | Tensor) or isinstance(value, bool):
@@ -137,9 +137,6 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
             members.check(group)
         if len(set(map(id, group["params"]))) < len(group["params"]):
             raise ValueError("a parameter appears twice; give it once")
-        for index, param in enumerate(group["params"]):
-            place = describe(group_index, group, index)
-            sub_ndim(param.ndim, param_ndim)
     except (TypeError, ValueError) as error:
         locate(error, place)
         raise
@@ -181,8 +178,9 @@ def warn_of_unread(param_groups: Iterable[Group], saved_groups: Iterable[Group],
         )
 
 
-def describe(group_index: int, group: Group, index: int) -> str:
-    """Which parameter it is, by name where the group has names."""
+def describe(group_index: int, group: Group, index: int, name: str | None = None) -> str:
+    """Which parameter it is, by ``name`` or by that in the group, where there is one."""
     param = group["params"][index]
-    name = f" {group['param_names'][index]!r}" if "param_names" in group else ""
-    return f"group {group_index}, parameter {index}{name} of shape {tuple(param.shape)}, {param.dtype}"
+    name = name or (group["param_names"][index] if "param_names" in group else None)
+    words = "" if name is None else f" {name!r}"
+    return f"group {group_index}, parameter {index}{words} of shape {tuple(param.shape)}, {param.dtype}"

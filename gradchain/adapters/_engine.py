@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.optim import Optimizer
 
-from gradchain._sharding import gather, is_distributed
+from gradchain._sharding import gather, is_distributed, local
 from gradchain._units import list_stages
 from gradchain.adapters._construction import (
     check_group,
@@ -25,6 +27,8 @@ from gradchain.adapters._construction import (
     prefixes,
     warn_of_unread,
 )
+from gradchain.adapters._names import Names
+from gradchain.adapters._reach import check_reach
 from gradchain.adapters._states import SLOTS, Member, Roster, Tensors, TransformStates
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
@@ -90,11 +94,18 @@ class Engine:
     """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
 
     def __init__(
-        self, owner: Owner, states: TransformStates, numbered: Numbered | None = None, *, fused: bool = True
+        self,
+        owner: Owner,
+        states: TransformStates,
+        numbered: Numbered | None = None,
+        names: Names | None = None,
+        *,
+        fused: bool = True,
     ) -> None:
         self._owner = Weak(owner)
         self.fused = fused
         self.states = states
+        self.names = Names() if names is None else names
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: Plans | None = None
@@ -158,7 +169,7 @@ class Engine:
         """The parameters."""
         known = self._roster
         if known is None or not known.is_of(self.owner.param_groups):
-            known = Roster(self.owner.param_groups)
+            known = Roster(self.owner.param_groups, self.names)
             self.states.adopt(self.owner.inner_opt, known.params)
             self._roster = None if torch.compiler.is_compiling() else known
         return known
@@ -208,9 +219,15 @@ class Engine:
             groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
             check_group(index, groups[index], self.chains())
         members = [member._replace(group=groups[member.position[0]]) for member in members]
+        check_reach(self.chains(), members, owner._hooked_slots, are_all=False)
         states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
         warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
+
+    def take_names(self, names: Names) -> None:
+        """Name parameters so from now on."""
+        self.names = names
+        self._roster = self._plans = None
 
     def give_states(self, states: TransformStates) -> None:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
@@ -289,6 +306,7 @@ class Engine:
                     form=grad if slot == "pre" and grad is not None else param,
                     group=member.group,
                     identity=member.identity(slot),
+                    param=member.param,
                     context={key: given[key] for key in context if key in given},
                     states=self.states.of(member),
                     takes_part=takes,
@@ -424,13 +442,14 @@ class Step:
             if self.plans is None:  # the closure was not called
                 self.plans = self.look().of
             params, update = self.roster.params, self.plans.get("update")
-            if update is not None:
+            if update is not None and update.touched:
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
-                for i in update.touched:
-                    params[i].sub_(self.before[i])
+                moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
+                if not update.is_plain:  # elementwise, so that shards do
+                    moved, before = list(map(local, moved)), list(map(local, before))
+                _subtract(moved, before, looks=update.is_on_cpu and not torch.compiler.is_compiling())
                 self._run("update", params, {"param": self.before, "grad": self.grads})
-                for i in update.touched:
-                    params[i].add_(self.before[i])
+                torch._foreach_add_(moved, before)
             self.transform_params()
             self.commit()
 
@@ -494,6 +513,25 @@ def _writable(grad: Tensor) -> Tensor:
         return grad
     shares = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return (grad.contiguous() if shares else grad).resolve_conj().resolve_neg()
+
+
+def _subtract(params: list[Tensor], before: list[Tensor], *, looks: bool) -> None:
+    """Replace parameters by how far they have moved: where they are infinite as before, not at all.
+
+    There, inf - inf would be NaN. Masks take longer than all else here; ``looks`` is to find out first, from sums,
+    whether any are needed, which on devices other than the CPU would be to wait.
+    """
+    stays = [] if looks and _are_finite(before) else list(map(torch.eq, params, before))
+    torch._foreach_sub_(params, before)
+    for tensor, same in zip(params, stays, strict=False):
+        tensor.masked_fill_(same, 0)
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    large = [tensor for tensor in tensors if tensor.numel() >= 2**14]
+    small = [tensor for tensor in tensors if tensor.numel() < 2**14] if large else tensors
+    sums = [tensor.sum().item() for tensor in ([_flatten_dense_tensors(small)] if small else []) + large]
+    return math.isfinite(sum(sums))
 
 
 def rescales(group: Group) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradchain._sharding import gather_anew
 from gradchain.adapters._construction import describe
+from gradchain.adapters._names import Names
 from gradchain.chain import Chain
 from gradchain.engine.operations import own
 from gradchain.transform import Group, Stage, State, below, beneath, locate, show
@@ -33,6 +34,8 @@ class Member(NamedTuple):
     group: Group
     position: tuple[int, int]
     number: int
+    model_name: str | None = None
+    """Its name in the model that the optimizer knows."""
 
     @property
     def grad(self) -> Tensor:
@@ -42,28 +45,37 @@ class Member(NamedTuple):
 
     def identity(self, slot: str) -> Group:
         """What tells a transform where it acts, and on which parameter."""
-        names = self.group.get("param_names")
-        name = {"name": names[self.position[1]]} if names else {}
+        name = {} if self.name is None else {"name": self.name}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
     def context(self, slot: str) -> Group:
         """Its group, and what tells a transform where it acts."""
         return {**self.group, **self.identity(slot)}
 
+    @property
+    def name(self) -> str | None:
+        """Its name in the model, or else the one with which it was given to the optimizer, if there is one."""
+        names = self.group.get("param_names")
+        return self.model_name or (names[self.position[1]] if names else None)
+
     def place(self) -> str:
         """The words that say where the parameter is."""
-        return describe(self.position[0], self.group, self.position[1])
+        return describe(self.position[0], self.group, self.position[1], self.name)
 
 
 class Roster:
     """The parameters of an optimizer, as long as they are the same."""
 
-    def __init__(self, param_groups: Sequence[Group]) -> None:
+    def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
         self.groups = list(param_groups)
         self._lists = [(group, list(group["params"])) for group in param_groups]
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
-        self.members = [Member(p, group, position, number) for number, (p, group, position) in enumerate(located)]
-        self.params = [member.param for member in self.members]
+        self.params = [param for param, _, _ in located]
+        known = names.of(self.params)
+        self.members = [
+            Member(param, group, position, number, known.get(param))
+            for number, (param, group, position) in enumerate(located)
+        ]
 
     def is_of(self, param_groups: Sequence[Group]) -> bool:
         """Whether these are the parameters in ``param_groups``."""
@@ -91,10 +103,14 @@ class Tensors:
         )
         # A gradient that its parameter would not take any more is that of before ``param.data`` was replaced.
         params = self.params
-        of_params = (
-            list(map(look, params)) for look in (_SHAPE, _DTYPE, Tensor.get_device, Tensor.is_contiguous, type)
+        return (
+            list(map(_SHAPE, params)),
+            list(map(_DTYPE, params)),
+            list(map(Tensor.get_device, params)),
+            list(map(Tensor.is_contiguous, params)),
+            list(map(type, params)),
+            grads,
         )
-        return *of_params, grads
 
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
@@ -118,11 +134,6 @@ class TransformStates:
         self._shown: dict[Tensor, None] = {}
         self._fitted: dict[tuple[Tensor, str], Any] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
-
-    @property
-    def are_shown(self) -> bool:
-        """Whether the inner optimizer has any of them among its own."""
-        return bool(self._shown)
 
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""

@@ -33,7 +33,7 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
                 param.grad = None if grad is None else grad.detach().clone()
             complete_groups(owner.param_groups, defaults)
             if not is_rehearsal(owner.param_groups):
-                _TrialStep(Engine(owner, states.copy(), fused=False), record).make()
+                _TrialStep(Engine(owner, states.copy(), engine.numbered, engine.names, fused=False), record).make()
         except SkippedStep:
             pass
         finally:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -28,7 +28,8 @@ from gradchain.adapters._construction import (
     require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
-from gradchain.adapters._states import KEY, Member, TransformStates
+from gradchain.adapters._reach import check_reach
+from gradchain.adapters._states import KEY, Member, Roster, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
@@ -48,6 +49,7 @@ def attach(
     post: Transform | None = None,
     param_ndim: int | None = -1,
     defaults: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
 ) -> Attached:
     """Put transforms around every step of an optimizer that exists, from now on.
 
@@ -82,13 +84,18 @@ def attach(
         param_ndim: What the transforms act on, where a group does not say it; see ``broadcast``. The default, -1, is
             each entry along the first dimension: each row of weights, but each element of a bias.
         defaults: Further keys of the groups, with the values for those that lack them.
+        model: The model that has the parameters, by which they get names; see ``ParamTransformingOptimizer``. Most code
+            makes optimizers without names, which patterns such as ``masked(t, "*lora_B*")`` need.
 
     Returns:
         What ends it: by ``remove()``, or at the end of a ``with`` block. It does not keep the optimizer alive.
 
     Raises:
         TypeError: Something is of the wrong type, or ``optimizer`` has chains already, in another way.
-        ValueError: A value is out of range, ``param_ndim`` does not fit a parameter, or a key has two defaults.
+        ValueError: A value is out of range, ``param_ndim`` does not fit a parameter, a key has two defaults, or no
+            parameter has a name that matches a pattern of ``masked`` or ``freeze``.
+        UserWarning: A kind of ``partition`` matches no parameter, or a key of a group is the last part of the key of a
+            hyperparameter.
         RuntimeError: In a step: gradients are still scaled, which the optimizer would undo after the transforms.
 
     Example:
@@ -117,7 +124,7 @@ def attach(
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
     attached = Attached(hooks, chains, own_defaults)
-    hooks.add(attached, numbered)
+    hooks.add(attached, numbered, model)
     return attached
 
 
@@ -234,9 +241,11 @@ class _Hooks:
         self._handles: list[RemovableHandle] = []
         self._own_flag: dict[str, Any] = {}
         """What the optimizer itself had of ``UNSCALES``."""
-        self._saves_with_hooks = "_optimizer_state_dict_post_hooks" in optimizer.__dict__
         self._running: _Running | None = None
         self._loaded: TransformStates | None = None
+        """What is being loaded, until the optimizer has loaded its own."""
+        self._has_saved = False
+        self._loads_by_own_code = False
 
     @property
     def inner_opt(self) -> Optimizer:
@@ -251,7 +260,7 @@ class _Hooks:
     def _run_hook(self, slot: str, member: Member) -> None:
         """There are none."""
 
-    def add(self, attached: Attached, numbered: Mapping[str, Chain]) -> None:
+    def add(self, attached: Attached, numbered: Mapping[str, Chain], model: nn.Module | None) -> None:
         """Let it act after all others."""
         chains = {slot: chain(getattr(self, slot), numbered[slot]) for slot in SLOTS}
         hyperparameters(chains)  # raises where two have one key
@@ -261,8 +270,11 @@ class _Hooks:
                     f'"{key}" is {self.defaults[key]!r} by what is attached already, and cannot be {value!r} too; give '
                     "the same, with broadcast(t, n) around a transform that needs another param_ndim"
                 )
-        for index, group in enumerate(self.param_groups):
-            check_group(index, {**attached.defaults, **group}, chains)
+        groups = [{**attached.defaults, **group} for group in self.param_groups]
+        for index, group in enumerate(groups):
+            check_group(index, group, chains)
+        names = self.engine.names.joined_by(model, self.engine.roster.params)
+        check_reach(numbered, Roster(groups, names).members)
         optimizer = self.inner_opt
         new = attached.defaults.keys() - self.defaults.keys() - optimizer.defaults.keys()
         self._own_keys += [set() for _ in self.param_groups[len(self._own_keys) :]]
@@ -276,6 +288,7 @@ class _Hooks:
         self.defaults.update(attached.defaults)
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
+        self.engine.take_names(names)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
         try:
             self.engine.begin()
@@ -335,7 +348,11 @@ class _Hooks:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self._saves_with_hooks:
+        # Code of an optimizer's own may call none of the hooks, or go on after them with the state dict as it was.
+        for name, method in (("state_dict", self._save), ("load_state_dict", self._load)):
+            if getattr(type(optimizer), name) is not getattr(Optimizer, name):
+                optimizer.__dict__[name] = method
+        if "_optimizer_state_dict_post_hooks" in optimizer.__dict__:
             self._handles += [
                 optimizer.register_state_dict_post_hook(self._after_saving),
                 optimizer.register_load_state_dict_pre_hook(self._before_loading),
@@ -350,6 +367,9 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
         attributes = self.inner_opt.__dict__
+        for name, method in (("state_dict", self._save), ("load_state_dict", self._load)):
+            if attributes.get(name) == method:
+                del attributes[name]
         attributes.pop(UNSCALES, None)
         attributes.update(self._own_flag)
         attributes.pop(ATTACHED)
@@ -369,10 +389,6 @@ class _Hooks:
         if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
             return None
         _require_unscaled(self.inner_opt)
-        if not (self._saves_with_hooks or self.engine.states.are_shown):
-            loaded = TransformStates.taken_out_of(self.inner_opt)
-            if loaded.by_param:
-                self.engine.adopt(loaded)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None and is_rehearsal(self.param_groups):
             self._running = _Running(frame, self.engine.start)
@@ -400,16 +416,39 @@ class _Hooks:
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.engine.complete(state_dict, self.defaults)
+        self._has_saved = True
 
-    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        if self._loads_by_own_code:
+            return None
         self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
         return bare
 
     def _after_loading(self, optimizer: Optimizer) -> None:
-        complete_groups(self.param_groups, self.defaults)
-        if self._loaded is not None:
+        if self._loaded is not None and not self._loads_by_own_code:
+            complete_groups(self.param_groups, self.defaults)
             self.engine.give_states(self._loaded)
             self._loaded = None
+
+    # In place of the methods of an optimizer that has its own
+
+    @torch.no_grad()
+    def _save(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_saved = False
+        state_dict = type(self.inner_opt).state_dict(self.inner_opt, *args, **kwargs)
+        if not self._has_saved:
+            self._after_saving(self.inner_opt, state_dict)
+        return state_dict
+
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
+        self._loads_by_own_code = True
+        try:
+            type(self.inner_opt).load_state_dict(self.inner_opt, bare, *args, **kwargs)
+        finally:
+            self._loads_by_own_code = False
+        self._after_loading(self.inner_opt)
 
 
 @dataclass
@@ -501,6 +540,10 @@ def _hooks_of(optimizer: Optimizer) -> _Hooks:
         raise TypeError(
             f"{name} has no step hooks, since it is around another optimizer; attach to that, its .optimizer"
         )
+    if not getattr(type(optimizer).step, "hooked", False):  # Optimizer.__init__ has not been called
+        if "step" in optimizer.__dict__:
+            raise RuntimeError(f"{name}.step calls no hooks since a scheduler has wrapped it; attach before that")
+        optimizer._patch_step_function()
     hooks: _Hooks = optimizer.__dict__.get(ATTACHED) or _Hooks(optimizer)
     return hooks
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradchain.adapters._engine import SLOTS, Engine, Step
+from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal
 from gradchain.adapters._states import Member, Roster, TransformStates
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.transform import Combinator, Group, Stage, is_same
@@ -30,7 +30,8 @@ def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
     ``GradScaler`` or averaged by ``DistributedDataParallel`` before it. A parameter without a gradient gets no ``post``
     either; one that is shared by segments of a reentrant ``torch.utils.checkpoint`` makes a step in each. Step hooks of
     the optimizer do not run; those of the inner optimizer run for each parameter. Parameters that are added or unfrozen
-    later are left out until this is called again, which replaces what it did before.
+    later are left out until this is called again, which replaces what it did before. Parameters that are removed from
+    the optimizer make no step, and keep their gradients.
 
     If a transform raises, so does the backward pass, and the parameter and the states of its transforms are as they
     were; parameters whose gradients came before have made their step, and the others make none.
@@ -112,7 +113,13 @@ class _OneParameter:
         return handle
 
     def __call__(self, param: Tensor) -> None:
-        """Make the step of the parameter."""
+        """Make the step of the parameter, if the optimizer still has it."""
+        if not self._is_in_place():
+            found = [member for member in self.optimizer._engine.roster.members if member.param is param]
+            if not found:
+                return
+            (self.member,) = found
+            self._start()
         try:
             self._step()
         finally:
@@ -124,14 +131,11 @@ class _OneParameter:
         group = self.member.group
         own_group = {**group, "params": [self.member.param]}
         self.inner_opt.param_groups, self.inner_opt.state = [own_group], self.optimizer.inner_opt.state
-        step = Step(self._engine)
-        try:
-            step.transform_grads()
+        if is_rehearsal(self.optimizer.param_groups):
             self.inner_opt.step()
-            step.finish()
-        except BaseException:
-            step.undo()
-            raise
+            self._engine.start()
+        else:
+            self._transform_and_step()
         for outer in (self.optimizer, self.optimizer.inner_opt):
             outer.__dict__["_opt_called"] = True  # or a scheduler would warn that there was no step
         changed = [key for key, value in group.items() if own_group[key] is not value and key != "params"]
@@ -141,6 +145,23 @@ class _OneParameter:
                 f"{self.member.place()}: {type(self.inner_opt).__name__} wrote {written} to its param group, for all "
                 "parameters together; step_in_backward needs an inner optimizer that acts on each by itself"
             )
+
+    def _transform_and_step(self) -> None:
+        step = Step(self._engine)
+        try:
+            step.transform_grads()
+            self.inner_opt.step()
+            step.finish()
+        except BaseException:
+            step.undo()
+            raise
+
+    def _is_in_place(self) -> bool:
+        """Whether the parameter is where it was, with as many before it."""
+        groups, (group, index) = self.optimizer.param_groups, self.member.position
+        params = groups[group]["params"] if group < len(groups) else []
+        before = sum(len(each["params"]) for each in groups[:group])
+        return index < len(params) and params[index] is self.member.param and before + index == self.member.number
 
     def _look(self) -> list[Any]:
         """What it depends on, which a checkpoint that is loaded replaces."""
@@ -157,7 +178,7 @@ class _OneParameter:
         roster = copy.copy(optimizer._engine.roster)
         self.member = roster.members[self.member.number]
         roster.members, roster.params, roster.groups = [self.member], [self.member.param], [self.member.group]
-        self._engine = _EngineOfOne(self, roster, _StatesOfOne(optimizer._engine.states.by_param))
+        self._engine = _EngineOfOne(self, roster, optimizer._engine)
         self._sources = self._look()
 
     @property
@@ -176,8 +197,8 @@ class _OneParameter:
 class _EngineOfOne(Engine):
     """Runs chains on one parameter, which has the number and the group that it has among all."""
 
-    def __init__(self, owner: Any, roster: Roster, states: TransformStates) -> None:
-        super().__init__(owner, states)
+    def __init__(self, owner: Any, roster: Roster, engine: Engine) -> None:
+        super().__init__(owner, _StatesOfOne(engine.states.by_param), engine.numbered, engine.names)
         self._one = roster
 
     @property

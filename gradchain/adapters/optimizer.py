@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -27,7 +27,9 @@ from gradchain.adapters._construction import (
     require_new,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
-from gradchain.adapters._states import Member, TransformStates
+from gradchain.adapters._names import Names
+from gradchain.adapters._reach import check_reach
+from gradchain.adapters._states import Member, Roster, TransformStates
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
@@ -49,7 +51,7 @@ class ParamTransformingOptimizer(Optimizer):
 
     In its group a transform finds, besides what the group has, ``"param"`` (in ``pre`` and ``update``, before the
     step), ``"grad"`` (in ``update`` and ``post``), ``"index"``, the number of the parameter, and its ``"name"`` where
-    the optimizer was given named parameters.
+    the optimizer was given named parameters or a ``model``.
 
     ``param_groups``, ``state`` and ``defaults`` are those of the inner optimizer, so schedulers and checkpoints work on
     either. The hyperparameters of the chains, ``param_ndim``, ``grad_scale`` and ``grad_bias`` are keys of the groups.
@@ -58,6 +60,10 @@ class ParamTransformingOptimizer(Optimizer):
     The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
     its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
     that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
+
+    Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
+    now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
+    transforms, too; where ``new`` has another shape, the tensors in ``state[new]["transforms"]`` need it as well.
 
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
@@ -87,12 +93,17 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: Factor of each gradient after ``pre``, per group.
         grad_bias: Added to each gradient after the factor, per group.
         defaults: Further keys of the groups, with the values for those that lack them.
+        model: The model that has the parameters, by which they get names where they were given without. The names are
+            those without wrappers, such as ``DistributedDataParallel``, ``torch.compile`` or those of PEFT.
         **inner_opt_kwargs: Passed to ``InnerOpt``.
 
     Raises:
         TypeError: ``InnerOpt`` is no optimizer, or something is of the wrong type.
         ValueError: ``params`` are missing, a value is out of range, ``param_ndim`` does not fit a parameter, or two
-            transforms have the same name, given by ``.named``, and different defaults.
+            transforms have the same name, given by ``.named``, and different defaults; or no parameter has a
+            name that matches a pattern of ``masked`` or ``freeze``.
+        UserWarning: A kind of ``partition`` matches no parameter, or a key of a group is the last part of the key of a
+            hyperparameter.
 
     Example:
         >>> from gradchain import project_l2_ball, sign
@@ -132,6 +143,7 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: float = 1.0,
         grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
+        model: nn.Module | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
@@ -162,8 +174,11 @@ class ParamTransformingOptimizer(Optimizer):
             {k: v for k, v in group.items() if k not in earlier or not is_same(v, earlier[k])}
             for group in inner_opt.param_groups
         ]
-        for index, group in enumerate(groups):
-            check_group(index, {**own_defaults, **group}, numbered)
+        completed = [{**own_defaults, **group} for group in groups]
+        for index, group in enumerate(completed):
+            check_group(index, group, numbered)
+        names = Names().joined_by(model, [param for group in groups for param in group["params"]])
+        check_reach(numbered, Roster(completed, names).members, self._hooked_slots)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
             group.clear()
             group.update(kept)
@@ -176,6 +191,7 @@ class ParamTransformingOptimizer(Optimizer):
             "_own_defaults": own_defaults,
             "_states": TransformStates(),
             "_numbered": (chains, numbered),
+            "_names": names,
             **chains,
         }
         # Not Optimizer.__init__: it would make groups, state and defaults of its own, apart from the inner optimizer's.
@@ -222,7 +238,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.defaults = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in SLOTS and name in self.__dict__:
+        if name in SLOTS and hasattr(self, "_engine"):
             self._replace_chain(name, value)
         else:
             super().__setattr__(name, value)
@@ -237,12 +253,16 @@ class ParamTransformingOptimizer(Optimizer):
         groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]
         for index, group in enumerate(groups):
             check_group(index, group, numbered)
+        check_reach({slot: numbered[slot]}, Roster(groups, self._engine.names).members)
         for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
             for key in old.keys() - new.keys():
                 known.pop(key, None)
             known.update(updated)
-        self._own_defaults = self.inner_opt.__dict__["_gradchain_defaults"] = defaults
-        self.__dict__.update(chains)
+        self._own_defaults.clear()  # in place: the inner optimizer knows them too
+        self._own_defaults.update(defaults)
+        self._engine.owner.__dict__.update(chains)
+        if slot in self.__dict__:  # Lightning and Fabric show it by another object, which may have copies
+            self.__dict__.update(chains)
         self._engine.drop_states_of_others(slot)
         self._engine.begin()
 
@@ -414,7 +434,10 @@ class ParamTransformingOptimizer(Optimizer):
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
         self.inner_opt.add_param_group(param_group)
         try:
-            check_group(len(self.param_groups) - 1, self.param_groups[-1], self._engine.chains())
+            last, chains = len(self.param_groups) - 1, self._engine.chains()
+            check_group(last, self.param_groups[-1], chains)
+            new = [member for member in self._engine.roster.members if member.position[0] == last]
+            check_reach(chains, new, self._hooked_slots, are_all=False)
             self._engine.begin()
         except Exception:
             del self.param_groups[-1]
@@ -453,11 +476,13 @@ class ParamTransformingOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Like torch, without hooks; "step" is in the instance only where a scheduler has patched it.
         kept = {k: v for k, v in self.__dict__.items() if k not in ("step", "_engine") and k[:11] != "_optimizer_"}
-        return {**kept, "_states": self._engine.states, "_numbered": self._engine.numbered}
+        engine = self._engine
+        return {**kept, "_states": engine.states, "_numbered": engine.numbered, "_names": engine.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({key: value for key, value in state.items() if key not in ("_states", "_numbered")})
-        self._engine = Engine(self, state["_states"], state["_numbered"])
+        of_engine = ("_states", "_numbered", "_names")
+        super().__setstate__({key: value for key, value in state.items() if key not in of_engine})
+        self._engine = Engine(self, *map(state.__getitem__, of_engine))
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.engine.trace import without_data
-from gradchain.transform import CONTEXT, Group, Part, Stage, State, locate
+from gradchain.transform import CONTEXT, PLACE, Group, Part, Stage, State, locate
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
@@ -28,6 +28,8 @@ class Item(NamedTuple):
     group: Group
     identity: Group
     """The keys that only this parameter has, such as its name."""
+    param: Tensor
+    """The parameter that the tensor is, or belongs to."""
     context: Mapping[str, Tensor]
     """What there is of ``CONTEXT``, each like ``form``."""
     states: State
@@ -224,7 +226,10 @@ class Jointly(Operation):
             given, form = work.tensors[number], local(item.form)
             tensors.append(gather(given).detach() if item.takes_part else form.new_empty((0,) * max(form.ndim, 1)))
             keys = item.context if item.takes_part else ()
-            groups.append(item.full_group | {key: gather(work.context[key][number]).detach() for key in keys})
+            context = {key: gather(work.context[key][number]).detach() for key in keys}
+            # Masks in it read the parameter in ``post`` too, and that of what takes no part.
+            param = tensors[-1] if item.takes_part else item.param.detach()
+            groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
             states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
         try:
             results, new_states = self.part.stage.run(tensors, groups, states)

@@ -36,7 +36,7 @@ class Plan:
         self.slot = slot
         self.items = items
         self.has_run = False
-        groups = [NotedGroup(item.full_group) for item in items]
+        groups = [NotedGroup(item.full_group | {"param": item.param}) for item in items]
         try:
             self.parts = list(stage.split(groups, range(len(items)), f"{slot}."))
         except Exception as error:
@@ -49,7 +49,7 @@ class Plan:
             (item.group, key, value)
             for item, group in zip(items, groups, strict=True)
             for key, value in group.reads.items()
-            if key not in item.identity
+            if key not in item.identity and key != "param"
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})

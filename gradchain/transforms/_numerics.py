@@ -34,5 +34,7 @@ def shrinkage(length: Tensor, limit: float | Tensor) -> Tensor:
 
     An infinite limit leaves everything as it is: lengths that overflow, or are NaN, too.
     """
+    if not isinstance(limit, Tensor) and 0 < limit < math.inf:
+        return 1 / (length / limit).clamp_min(1)  # the same, in fewer operations
     inside = (length <= limit) | (limit == math.inf)
     return torch.where(inside, 1, limit / torch.where(inside, 1, length))

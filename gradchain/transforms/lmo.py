@@ -18,8 +18,6 @@ of ``SGD`` a step of Frank-Wolfe, p <- (1 - gamma) p + gamma s, on the ball whos
 Source of all: Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, 2013.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -119,11 +117,12 @@ def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
     """
     if "grad" not in group:
         return tensor.clone()
+    grad: Tensor = group["grad"]
     gamma, weight = _weights(group)
-    return (1 - gamma) * tensor + weight * group["grad"]
+    return (1 - gamma) * tensor + weight * grad
 
 
-def _weights(group: Group) -> tuple[Any, Any]:
+def _weights(group: Group) -> tuple[float | Tensor, float | Tensor]:
     """The step size, and the factor of the gradient."""
     for key in _NOT_PLAIN:
         if group.get(key):
@@ -131,5 +130,5 @@ def _weights(group: Group) -> tuple[Any, Any]:
                 f'frank_wolfe needs the step of plain SGD, got group["{key}"]={group[key]!r}; use '
                 "torch.optim.SGD without momentum and weight_decay"
             )
-    gamma = group.get("lr", 1.0)
+    gamma: float | Tensor = group.get("lr", 1.0)
     return gamma, gamma**2 if group.get("maximize", False) else -(gamma**2)

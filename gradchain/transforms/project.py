@@ -289,20 +289,22 @@ def _at_reference(
 ) -> Tensor:
     if reference is None:
         return tensor
-    if not isinstance(reference, Tensor):
+    if isinstance(reference, Tensor):
+        chosen = reference
+    else:
         index = group.get("index")
         if index is None or index >= len(reference):
             raise ValueError(
                 f"project_ball_around_reference has a reference for each of {len(reference)} parameters, and none for "
                 f"{'a tensor without a number' if index is None else f'number {index}'}; give one for each parameter"
             )
-        reference = reference[index]
+        chosen = reference[index]
     try:
-        return reference.detach().to(tensor.device, compute_dtype(tensor.dtype)).expand(tensor.shape)
+        return chosen.detach().to(tensor.device, compute_dtype(tensor.dtype)).expand(tensor.shape)
     except RuntimeError:
         raise ValueError(
             f"project_ball_around_reference needs a reference that broadcasts to its parameter of shape "
-            f"{tuple(tensor.shape)}, got shape {tuple(reference.shape)}"
+            f"{tuple(tensor.shape)}, got shape {tuple(chosen.shape)}"
         ) from None
 
 

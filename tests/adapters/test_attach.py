@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -721,7 +722,11 @@ def test_averages() -> None:
     [
         ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
         ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
-        ({"param_ndim": 2}, ValueError, "group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs"),
+        (
+            {"param_ndim": 2, "pre": normalize()},
+            ValueError,
+            "pre: stage 0, normalize.*: group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs",
+        ),
         ({"param_ndim": 1.0}, TypeError, "group 0: param_ndim must be an int or None, got 1.0"),
         ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; set them in its param groups"),
         ({"defaults": {"clamp.max": -2}, "post": clamp(-1, 1)}, ValueError, "post, group 0: stage 0, clamp"),
@@ -796,3 +801,84 @@ def test_chains_of_what_is_attached_cannot_be_replaced() -> None:
     with pytest.raises(AttributeError):
         handle.pre = chain()
     assert handle.pre == chain(sign())
+
+
+# Optimizers that save and load by code of their own
+
+
+class SlowWeights(Optimizer):
+    """An optimizer around another, without ``Optimizer.__init__``, like the lookahead of timm."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+        self.state = defaultdict(dict)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self._base.step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                slow = self._base.state[param].setdefault("slow", param.detach().clone())
+                slow.lerp_(param.detach(), 0.5)
+                param.data.copy_(slow)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._base.load_state_dict(state_dict)
+        self.param_groups = self._base.param_groups
+
+
+class ReadsAllAgain(SGD):
+    """One that looks up all of the state dict once more when it has loaded it, like those of pytorch-optimizer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for param, (key, saved) in zip(self.param_groups[0]["params"], state_dict["state"].items(), strict=False):
+            assert key in range(2)
+            self.state[param] = {name: self.state[param][name] for name in saved}
+
+
+# found: 40
+@pytest.mark.parametrize(
+    "make", [lambda params: SlowWeights(Adam(params, lr=0.1)), lambda ps: ReadsAllAgain(ps, lr=0.1)]
+)
+def test_optimizers_that_save_and_load_by_code_of_their_own(make: Any) -> None:
+    params, copies, plain = make_params(), make_params(), make_params()
+    bare = make(plain)
+    train(bare, plain, range(4))
+    optimizer: Any = make(params)
+    handle = attach(optimizer, **EVERYWHERE)
+    train(optimizer, params, range(4))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(params, plain, strict=True))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert set(saved["state"][0]["transforms"]) == {"pre", "update", "post"}
+    for ours, theirs in zip(params, copies, strict=True):
+        theirs.data.copy_(ours.data)
+    resumed = make(copies)
+    attach(resumed, **EVERYWHERE)
+    resumed.load_state_dict(saved)
+    train(optimizer, params, range(4, 8))
+    train(resumed, copies, range(4, 8))
+    assert_equal([copies, resumed.state_dict()], [params, optimizer.state_dict()])
+    handle.remove()
+    assert not {"state_dict", "load_state_dict"} & optimizer.__dict__.keys()
+    assert "transforms" not in optimizer.state_dict()["state"].get(0, {})
+    optimizer.load_state_dict(bare.state_dict())
+
+
+# found: 40
+def test_an_optimizer_whose_step_a_scheduler_has_wrapped_without_hooks() -> None:
+    class Unhooked(SlowWeights):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    optimizer = Unhooked(SGD(make_params(), lr=0.1))
+    StepLR(optimizer, 1)
+    with pytest.raises(RuntimeError, match=r"Unhooked.step calls no hooks since a scheduler has wrapped it; attach"):
+        attach(optimizer, pre=sign())

@@ -176,12 +176,50 @@ def test_schedulers() -> None:
     assert_same([*models], optims)
 
 
-def test_step_with_neither_lr_nor_gradient_advances_states() -> None:
-    x = nn.Parameter(torch.zeros(2))
-    optim = ParamTransformingOptimizer([x], pre=average(), lr=0.0)
+# found: 42
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_step_with_neither_lr_nor_gradient_moves_nothing(lr: Any) -> None:
+    x = nn.Parameter(torch.full((2,), 3.0))
+    optim = ParamTransformingOptimizer([x], pre=add_noise(1.0), post=chain(average(), project_l2_ball(1.0)), lr=lr)
     with step_in_backward(optim):
-        x.square().sum().backward()
-    assert optim.state[x]["transforms"]["pre"]["average"]["count"] == 1
+        x.mul(0).sum().backward()
+        assert x.tolist() == [3.0, 3.0]
+        (count,) = (states["count"] for states in optim.state_dict()["state"][0]["transforms"]["post"].values())
+        assert count == 0
+        x.sum().backward()
+    assert x.norm() < 1.001
+
+
+# found: 42
+def test_groups_that_are_removed_or_put_first() -> None:
+    def change(optim: ParamTransformingOptimizer, step: int) -> None:
+        if step == 1:
+            kept.append(optim.param_groups.pop(0))
+        elif step == 2:
+            optim.param_groups.append(kept.pop())
+        elif step == 3:
+            optim.param_groups.reverse()
+            kept.append(optim.param_groups[0]["params"].pop(0))
+            del optim.state[kept[0]]
+
+    models = [make_model(), make_model()]
+    optims = [make(model, pre=add_noise(0.1), post=param_ema(0.9)) for model in models]
+    kept: list[Any] = []
+    for step in range(4):
+        change(optims[0], step)
+        optims[0].zero_grad()
+        train_plainly(models[0], optims[0], range(step, step + 1))
+    kept.clear()
+    with step_in_backward(optims[1]):
+        for step in range(4):
+            change(optims[1], step)
+            models[1].zero_grad()
+            train(models[1], range(step, step + 1))
+            if step in (1, 3):
+                for param in models[1].parameters():
+                    removed = kept[0]["params"] if step == 1 else kept
+                    assert (param.grad is not None) == any(param is each for each in removed)
+    assert_same([*models], optims)
 
 
 def test_tied_parameters_make_one_step() -> None:

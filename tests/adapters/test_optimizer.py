@@ -23,16 +23,19 @@ from gradchain import (
     cautious,
     chain,
     clamp,
+    clip_by_global_norm,
     clip_by_norm,
     ema,
     masked,
     normalize,
+    partition,
     project_l2_ball,
     reject_from_param,
     scale,
     schedule,
     sign,
     transform,
+    with_error_feedback,
 )
 
 
@@ -101,9 +104,13 @@ def test_groups_state_and_defaults_are_those_of_the_inner_optimizer() -> None:
         ({"params": []}, ValueError, "empty parameter list"),
         ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
         ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
-        ({"param_ndim": 2}, ValueError, "group 0, parameter 0 'x' of shape .2,., torch.float32: param_ndim=2 needs"),
         (
-            {"param_ndim": -2},
+            {"param_ndim": 2, "pre": normalize()},
+            ValueError,
+            "pre: stage 0, normalize.*: group 0, parameter 0 'x' of shape .2,., torch.float32: param_ndim=2 needs",
+        ),
+        (
+            {"param_ndim": -2, "pre": normalize()},
             ValueError,
             "param_ndim=-2 needs a tensor of at least 2 dimensions, got 1; set param_ndim=",
         ),
@@ -170,7 +177,7 @@ def test_bad_arguments_beside_an_instance_change_nothing() -> None:
     with pytest.raises(TypeError, match="InnerOpt is an instance of SGD already; leave out params, lr"):
         ParamTransformingOptimizer([param(1.0)], inner, lr=0.1)
     with pytest.raises(ValueError, match="param_ndim=3"):
-        ParamTransformingOptimizer(InnerOpt=inner, param_ndim=3)
+        ParamTransformingOptimizer(InnerOpt=inner, pre=normalize(), param_ndim=3)
     assert inner.param_groups == before
     assert inner.defaults == defaults_before
 
@@ -181,14 +188,46 @@ def test_wrapping_twice() -> None:
         ParamTransformingOptimizer(InnerOpt=optim)
 
 
-def test_zero_dimensional_parameter_names_itself_and_the_remedy() -> None:
-    model = nn.Module()
-    model.logit_scale = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(
-        ValueError, match=r"'logit_scale' of shape \(\), .*set param_ndim=None .* or 0 .* group of its own"
-    ):
-        ParamTransformingOptimizer(model.named_parameters(), pre=normalize())
-    ParamTransformingOptimizer([{"params": [model.logit_scale], "param_ndim": 0}], pre=normalize())
+# found: 12
+@pytest.mark.parametrize(
+    "needs_units",
+    [
+        {"pre": normalize()},
+        {"post": chain(sign(), lambda tensor, group: tensor)},
+        {"update": masked(normalize(), "logit_*")},
+        {"update": partition({"*.bias": sign(), "*": with_error_feedback(normalize())})},
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("ignore:.*partition has the kind")
+def test_a_parameter_without_dimensions_names_itself_where_units_matter(needs_units: dict[str, Any]) -> None:
+    scale_of_clip = nn.Parameter(torch.tensor(1.0))
+    message = r"0, .*'logit_scale' of shape \(\), .*set param_ndim=None .* or 0 .* group of its own"
+    with pytest.raises(ValueError, match=message):
+        ParamTransformingOptimizer([("logit_scale", scale_of_clip)], **needs_units)
+    with pytest.raises(ValueError, match=message):
+        attach(SGD([("logit_scale", scale_of_clip)]), **needs_units)
+    optim = ParamTransformingOptimizer([{"params": [("logit_scale", scale_of_clip)], "param_ndim": 0}], **needs_units)
+    with pytest.raises(ValueError, match=r"group 1, parameter 0 'logit_bias' of shape \(\)"):
+        optim.add_param_group({"params": [("logit_bias", nn.Parameter(torch.tensor(1.0)))]})
+    assert len(optim.param_groups) == 1
+
+
+# found: 12
+def test_a_parameter_without_dimensions_where_units_do_not_matter() -> None:
+    x, y = nn.Parameter(torch.tensor(1.0)), param(1.0, 2.0, grad=[3.0, 4.0])
+    x.grad = torch.tensor(-12.0)
+    names = zip(["logit_scale", "weight"], [x, y], strict=True)
+    pre = chain(clip_by_global_norm(1.0), sign(), masked(normalize(), "weight"))
+    ParamTransformingOptimizer(names, pre=pre, update=broadcast(normalize(), None), post=clamp(max=1.5), lr=1.0).step()
+    assert x.item() == 1.5
+    torch.testing.assert_close(y, torch.tensor([1.0, 2.0]) - 0.5**0.5)
+
+    class Hooked(ParamTransformingOptimizer):
+        def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None: ...
+
+    with pytest.raises(ValueError, match="pre: group 0, parameter 0 of shape ()"):
+        Hooked([x])
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

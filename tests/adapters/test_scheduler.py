@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim import SGD
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from gradchain import ParamTransformingOptimizer, scale, schedule
+from gradchain import ParamTransformingOptimizer, clip_by_norm, scale, schedule
 
 
 def make() -> ParamTransformingOptimizer:
@@ -227,3 +228,20 @@ def test_a_key_that_is_gone() -> None:
     with pytest.raises(ValueError, match='needs the key "scale.factor" in every param group; group 1 has'):
         scheduler.step()
     assert [group["lr"] for group in optim.param_groups] == [1.0, 0.5]
+
+
+# found: 40
+def test_schedule_of_a_limit_ends_above_zero() -> None:
+    x = torch.ones(2, requires_grad=True)
+    for eta_min in (1e-3, 0.0):
+        optim = ParamTransformingOptimizer([x], pre=clip_by_norm(1.0), lr=0.1, param_ndim=None)
+        scheduler = schedule(optim, "clip_by_norm.max_norm", schedulers.CosineAnnealingLR, T_max=3, eta_min=eta_min)
+        for _ in range(3):
+            x.grad = torch.ones(2)
+            optim.step()
+            scheduler.step()
+        x.grad = torch.ones(2)
+        with (
+            nullcontext() if eta_min else pytest.raises(ValueError, match=r"clip_by_norm.max_norm must be > 0, got 0.0")
+        ):
+            optim.step()

@@ -113,11 +113,34 @@ def test_update_sees_and_changes_the_displacement(InnerOpt: Any) -> None:
         assert len(seen) == 2
 
 
+# found: 42
+@pytest.mark.parametrize("update", [clip_by_norm(9.0), scale(1.0), lambda tensor, group: tensor, clamp(-1, 1)])
+def test_infinite_parameters_that_do_not_move_stay(update: Transform) -> None:
+    inf, nan = float("inf"), float("nan")
+    x, finite = nn.Parameter(torch.tensor([-inf, inf, 2.0, inf])), nn.Parameter(torch.tensor([1.0]))
+    optim = ParamTransformingOptimizer([x, finite], update=update, param_ndim=None, lr=1.0)
+    for _ in range(2):
+        x.grad, finite.grad = torch.tensor([0.0, 0.0, 0.5, 0.0]), torch.tensor([0.5])
+        optim.step()
+    assert x.tolist() == [-inf, inf, 1.0, inf]
+    assert finite.item() == 0.0
+    x.grad = torch.tensor([0.0, 0.0, nan, inf])
+    optim.step()
+    assert x[2:].isnan().all()
+
+
 def test_update_that_changes_nothing_is_exact() -> None:
     params, plain = make_params(), make_params()
     train(ParamTransformingOptimizer(params, Adam, update=lambda u, group: u, param_ndim=None), params, range(5))
     train(Adam(plain), plain, range(5))
     assert_equal(params, plain)
+
+
+def test_update_without_any_gradient() -> None:
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    ParamTransformingOptimizer(params, update=lambda u, group: 2 * u, lr=1.0).step()
+    assert_equal([param.detach() for param in params], before)
 
 
 def test_all_slots_in_order() -> None:
@@ -500,6 +523,7 @@ def test_a_chain_that_cannot_replace_one(pre: Any, error: str) -> None:
 
 
 # found: 43
+@pytest.mark.filterwarnings("ignore:.*partition has the kind")
 @pytest.mark.parametrize("average", [param_ema(0.5, debias=False), lookahead(9, 0.5)])
 @pytest.mark.parametrize("deeper", [False, True])
 def test_averages_of_the_selected_entries(average: Any, deeper: bool) -> None:

@@ -101,6 +101,17 @@ def test_history_of_a_group_that_is_added() -> None:
     assert xs[1].grad[0] < 10
 
 
+def test_history_of_a_group_that_is_added_is_one_before_any_gradient_comes() -> None:
+    xs = params()
+    optim = ParamTransformingOptimizer(xs[:1], pre=clip_by_history(50, window=2))
+    step(optim, 3.0)
+    optim.add_param_group({"params": xs[1:]})
+    step(optim, None, None)
+    norms = [states["transforms"]["pre"]["clip_by_history"]["norms"] for states in optim.state_dict()["state"].values()]
+    assert len(norms) == 2
+    assert torch.equal(*norms)
+
+
 @pytest.mark.parametrize("slot", ["update", "post"])
 def test_skipping_belongs_in_pre(slot: str) -> None:
     xs = params()
@@ -148,6 +159,7 @@ OTHERS = masked(chain(sign(), extrapolate(0.9)), torch.tensor(True))
 
 
 # found: 4
+@pytest.mark.filterwarnings("ignore:.*partition has the kind")
 @pytest.mark.parametrize(
     ("saved", "loaded", "needed", "got"),
     [

@@ -18,6 +18,8 @@ from gradchain import Group, State, transform
 
 ADAPTERS = ("optimizer", "attach", "backward")
 SLOTS = ("pre", "update", "post")
+EVENTS = ("save", "copy", "pickle", "layout", "swap")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Call:
@@ -54,7 +56,7 @@ class Step(Call):
 
     grads: dict[str, str]
     event: str = ""
-    """``"save"``, ``"copy"``, ``"pickle"``, ``"layout"``, or nothing."""
+    """One of ``EVENTS``, the name of a dtype that all parameters take from then on, or nothing."""
     changes: list[tuple[int, str, Any]] = field(default_factory=list)
     """Values for keys of groups, by the number of the group."""
     closure: bool = False
@@ -62,6 +64,8 @@ class Step(Call):
     """The parameter whose gradient has a NaN."""
     fails: str = ""
     """The parameter at which ``may_fail`` raises."""
+    wrong: tuple[int, str] | None = None
+    """The number of a group and a key that has a wrong value in a step that is tried before."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,11 +88,21 @@ class Case(Call):
         """Whether each tensor is transformed by itself, as ``step_in_backward`` needs it."""
         return not any(re.search(rf"\b{name}\(", self.pre + self.update + self.post) for name in MEASURES)
 
+    def keeps_inner_state(self) -> bool:
+        """Whether the inner optimizer has a state for each parameter, with which those of transforms can move."""
+        return "SGD" not in self.inner or "momentum" in self.inner
+
+    def dtypes(self, step: int) -> str:
+        """The dtype that all parameters have in a step, if they have been given one."""
+        return next((step.event for step in self.steps[step::-1] if step.event in DTYPES), "")
+
     def value(self, name: str, step: int = -1) -> Tensor:
         """The first value of a parameter, or its gradient in a step."""
         param = self.params()[name]
+        at = step if step >= 0 else next(group.joins for group in self.groups if param in group.params)
         generator = torch.Generator().manual_seed(hash_of(self.seed, name, step))
-        value = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(getattr(torch, param.dtype))
+        value = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        value = value.to(getattr(torch, self.dtypes(at) or param.dtype))
         if step >= 0 and self.steps[step].nan == name:
             value.view(-1)[:1] = float("nan")
         if step >= 0 and self.steps[step].grads[name] == "expanded" and param.shape:

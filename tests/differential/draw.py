@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import tensor
 
-from tests.differential.case import MEASURES, SLOTS, Case, Param, ParamGroup, Step
+from tests.differential.case import DTYPES, EVENTS, MEASURES, SLOTS, Case, Param, ParamGroup, Step
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,13 @@ class Draw:
         return f"with_error_feedback({inner})" if kind == "feedback" else f"chain({inner})"
 
     def where(self) -> str:
-        names = ["'a*'", "'*bias'"] if self.named else []
+        names = ["'a*'", "'*0.*'"] if self.named else []
         return self.rng.choice([*names, "is_matrix", "is_even", "is_x"])
 
     def partition(self, slot: str, depth: int) -> str:
         first, second = (self.stage(slot, depth + 1) for _ in range(2))
         if self.named and self.rng.random() < 0.5:
-            return f"partition({{'*bias': {first}, '*': {second}}})"
+            return f"partition({{'*0.*': {first}, '*': {second}}})"
         return f"partition({{'x': {first}, 'y': {second}}}, by='kind')"
 
     def leaf(self, slot: str) -> str:
@@ -245,18 +245,28 @@ class Draw:
             index = rng.choice([i for i, group in enumerate(groups) if group.joins <= number])
             key = rng.choice(["lr", *self.ranges])
             changes = [(index, key, self.number((0.02, 0.2)) if key == "lr" else self.value(key))]
-        event = rng.choice(("save", "copy", "pickle", "layout")) if not self.is_calm and rng.random() < 0.35 else ""
+        event = rng.choice(EVENTS) if not self.is_calm and rng.random() < 0.4 else ""
+        if rng.random() < 0.04:
+            event = rng.choice(DTYPES)
+        wrong = None
+        if self.ranges and rng.random() < 0.05:
+            wrong = (
+                rng.choice([i for i, group in enumerate(groups) if group.joins <= number]),
+                rng.choice([*self.ranges]),
+            )
         nan = ""
         if guard and rng.random() < 0.4:
             every = [param.name for group in groups for param in group.params]
             nan = rng.choice([name for name in every[::2] if name in grads] or [""])
-        return Step(grads, event if number else "", changes, rng.random() < 0.2, nan)
+        return Step(grads, event if number else "", changes, rng.random() < 0.2, nan, wrong=wrong)
 
     def layout(self, name: str) -> str:
         """The layout of a gradient; in a calm case mostly the one that it had before."""
         layouts = ("contiguous", "contiguous", "channels_last", "transposed", "strided", "expanded")
-        layout = self.rng.choice(layouts)
-        return self.layouts.setdefault(name, layout) if self.is_calm and self.rng.random() < 0.9 else layout
+        known = self.layouts.setdefault(name, "negated" if self.rng.random() < 0.05 else self.rng.choice(layouts))
+        # One that is negated only now and then is an error, which torch raises.
+        stays = known == "negated" or (self.is_calm and self.rng.random() < 0.9)
+        return known if stays else self.rng.choice(layouts)
 
 
 COUNTS = ((0, 1, 2, 2, 3), (0, 0, 1, 2), (0, 1, 1, 2))

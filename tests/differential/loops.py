@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import gradchain as gc
 from gradchain import Group, State
-from tests.differential.case import DRAWS, LIBRARY, MEASURES, OWN, SLOTS, WHOLE, Case, Failure, Step, make_inner
+from tests.differential.case import DRAWS, DTYPES, LIBRARY, MEASURES, OWN, SLOTS, WHOLE, Case, Failure, Step, make_inner
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ class Loops:
     def step(self, number: int) -> None:
         """Make a step."""
         step = self.case.steps[number]
+        if step.event in DTYPES:
+            self.convert(getattr(torch, step.event))
+        if step.event == "swap" and self.case.keeps_inner_state():
+            self.forget_unseen()
         self.join(number)
         assert self.optimizer is not None
         for index, key, value in step.changes:
@@ -138,6 +142,31 @@ class Loops:
         self.failed = self.skipped = False
         for some in [{name: grad} for name, grad in grads.items()] if self.alone else [grads]:
             self._step(some, step)
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give all parameters another dtype, the optimizer its state of it, and the transforms what they compute in."""
+        for param in self.params.values():
+            param.grad = None
+            param.data = param.data.to(dtype)
+        if self.optimizer is not None:
+            self.load(self.optimizer.state_dict())
+        wide = widen(torch.empty(0, dtype=dtype)).dtype
+        self.states = {place: cast(state, wide) for place, state in self.states.items()}
+
+    def forget_unseen(self) -> None:
+        """Drop the states of parameters that the optimizer has none of: so they cannot move to new parameters."""
+        assert self.optimizer is not None
+        unseen = {name for name, param in self.params.items() if not self.optimizer.state.get(param)}
+        self.states = {place: state for place, state in self.states.items() if place[-2] not in unseen}
+
+    def load(self, state_dict: Any) -> None:
+        """Load a state dict, which replaces the groups."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state_dict)
+        for group in self.optimizer.param_groups:
+            for name, param in self.params.items():
+                if any(param is other for other in group["params"]):
+                    self.groups[name] = group
 
     def _step(self, grads: Tensors, step: Step) -> None:
         assert self.optimizer is not None
@@ -175,12 +204,7 @@ class Loops:
             with torch.no_grad():
                 for name, value in before.items():
                     self.params[name].copy_(value)
-            inner = self.optimizer.state_dict()
-            self.optimizer.load_state_dict({**inner, "state": inner_state})
-            for group in self.optimizer.param_groups:  # which have been replaced
-                for name, param in self.params.items():
-                    if any(param is other for other in group["params"]):
-                        self.groups[name] = group
+            self.load({**self.optimizer.state_dict(), "state": inner_state})
 
     def averages(self) -> Tensors:
         """What ``averaged()`` must give: the average that ``post`` keeps, if there is exactly one."""
@@ -322,6 +346,14 @@ def is_measure(node: Any) -> bool:
 
 def widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def cast(state: State, dtype: torch.dtype) -> State:
+    """The state with its floating point tensors in another dtype."""
+    return {
+        key: cast(value, dtype) if isinstance(value, dict) else value.to(dtype) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def first_match(kinds: Sequence[str], value: str) -> int:

@@ -20,6 +20,7 @@ from gradchain import Group
 from tests.differential.case import (
     ADAPTERS,
     ARMED,
+    DTYPES,
     LIBRARY,
     SLOTS,
     Case,
@@ -40,6 +41,8 @@ def lay_out(value: Tensor, layout: str) -> Tensor:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided":
         return torch.stack([value, value], -1)[..., 0]
+    if layout == "negated":
+        return torch._neg_view(-value)
     if layout == "expanded" and value.ndim and value.numel():
         return value[:1].expand_as(value)
     return value.clone()
@@ -98,15 +101,17 @@ class Run:
 
     def step(self, number: int) -> None:
         step = self.case.steps[number]
-        self.join(number)
         for param in self.params.values():
             param.grad = None
         self.happen(step.event)
+        self.join(number)
         for index, key, value in step.changes:
             self.optimizer.param_groups[index][key] = value
         self.failed = False
-        before = copy.deepcopy(self.optimizer.state_dict()) if step.fails else None
+        before = copy.deepcopy(self.optimizer.state_dict()) if step.fails or step.wrong else None
         values = {name: param.detach().clone() for name, param in self.params.items()}
+        if step.wrong and self.adapter != "backward":
+            self.try_with_a_wrong_value(number, step, before, values)
         try:
             with armed(list(self.params).index(step.fails) if step.fails else None):
                 self.trigger_step(number, step)
@@ -116,7 +121,27 @@ class Run:
             self.failed = True
             self.require_unmoved(step, before, values)
             if self.adapter != "backward":
-                self.optimizer.load_state_dict(before)  # of the inner optimizer, which may have made its step
+                self.optimizer.load_state_dict(
+                    copy.deepcopy(before)
+                )  # of the inner optimizer, which may have made its step
+
+    def try_with_a_wrong_value(self, number: int, step: Step, before: Any, values: Tensors) -> None:
+        """Make a step that raises if any transform reads the value, and take it back."""
+        assert step.wrong is not None
+        index, key = step.wrong
+        group = self.optimizer.param_groups[index]
+        kept, group[key] = group[key], "wrong"
+        try:
+            self.trigger_step(number, step)
+        except TypeError as error:
+            if key not in str(error):
+                raise
+            self.require_unmoved(step, before, values)
+        group[key] = kept
+        with torch.no_grad():
+            for name, value in values.items():
+                self.params[name].copy_(value)
+        self.optimizer.load_state_dict(copy.deepcopy(before))
 
     def trigger_step(self, number: int, step: Step) -> None:
         grads = {
@@ -157,6 +182,21 @@ class Run:
             self.trigger()
             if self.adapter == "attach":
                 self.optimizer.load_state_dict(state_dict)
+        elif event == "swap" and self.case.keeps_inner_state():
+            for group in self.optimizer.param_groups:
+                for index, old in enumerate(group["params"]):
+                    name = next(name for name, param in self.params.items() if param is old)
+                    new = group["params"][index] = self.params[name] = torch.nn.Parameter(old.detach().clone())
+                    if old in self.optimizer.state:
+                        self.optimizer.state[new] = self.optimizer.state.pop(old)
+            if self.adapter == "backward":
+                self.trigger()
+        elif event in DTYPES:
+            for param in self.params.values():
+                param.data = param.data.to(getattr(torch, event))
+            state_dict = self.optimizer.state_dict()
+            self.make()
+            self.optimizer.load_state_dict(state_dict)
         elif event == "layout":
             for param in self.params.values():
                 param.data = lay_out(param.data, "contiguous" if not param.is_contiguous() else "transposed")
@@ -245,7 +285,8 @@ def armed(index: int | None) -> Iterator[None]:
 
 
 def _check(case: Case, adapter: str, results: list[Result]) -> bool:
-    tolerance = max(TOLERANCES[param.dtype] for param in case.params().values())
+    dtypes = {param.dtype for param in case.params().values()} | {step.event for step in case.steps}
+    tolerance = max(TOLERANCES[dtype] for dtype in dtypes if dtype in DTYPES)
     run = Run(case, adapter)
 
     def differs(number: int, expected: Tensors, kind: str = "") -> str:

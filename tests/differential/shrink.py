@@ -70,7 +70,14 @@ def _smaller(case: Case) -> Iterator[Case]:
     if len(case.steps) > 1:
         yield replace(case, steps=case.steps[:-1])
     for index, step in enumerate(case.steps):
-        for key, plain in (("event", ""), ("changes", []), ("closure", False), ("nan", ""), ("fails", "")):
+        for key, plain in (
+            ("event", ""),
+            ("changes", []),
+            ("closure", False),
+            ("nan", ""),
+            ("fails", ""),
+            ("wrong", None),
+        ):
             if getattr(step, key) != plain:
                 yield _replace_at(case, "steps", index, _replace(step, key, plain))
         for name, layout in step.grads.items():

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradchain import ParamTransformingOptimizer, attach, schedule, skip_nonfinite
+from gradchain import ParamTransformingOptimizer, attach, chain, clip_by_norm, schedule, sign, skip_nonfinite
 from tests.frameworks.common import (
     CHAINS,
     Adapt,
@@ -434,3 +434,23 @@ def test_fabric_checkpoint(fabric: Any, tmp_path: Path) -> None:
             averages = values(model)
     with whole[1].averaged():
         assert_same(values(whole[0]), averages)
+
+
+# found: 40
+def test_explain_and_a_new_chain_in_a_hook() -> None:
+    class Looks(Module):
+        def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+            shown: Any = self.optimizers()
+            self.table = str(shown.explain())
+            if self.global_step == 3:
+                shown.pre = chain(clip_by_norm(1e-3))
+
+    module = Looks(lambda net: ParamTransformingOptimizer(InnerOpt=SGD(net.parameters(), lr=0.1), pre=sign()))
+    trainer = fit(module)
+    assert "clip_by_norm(max_norm=0.001)" in module.table
+    assert trainer.optimizers[0].pre == chain(clip_by_norm(1e-3))
+    model = make_model()
+    optimizer = ParamTransformingOptimizer(InnerOpt=SGD(model.parameters(), lr=0.1), pre=sign())
+    train(model, optimizer, data=batches()[:3])
+    optimizer.pre = chain(clip_by_norm(1e-3))
+    assert_same(values(module), train(model, optimizer, data=batches()[3:]))

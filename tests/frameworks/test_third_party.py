@@ -114,6 +114,12 @@ def explain(optimizer: Any) -> Any:
     return optimizer.explain() if attached is None else attached.attached[0].explain()
 
 
+# found: 40
+@pytest.mark.parametrize("name", ["ASGD", "Fromage", "PID", "SGDW"])
+def test_optimizers_that_load_by_code_of_their_own(adapt: Adapt, name: str) -> None:
+    test_a_checkpoint_continues_where_it_was_saved(adapt, getattr(others, name))
+
+
 def test_sam_evaluates_twice(adapt: Adapt) -> None:
     def make(model: nn.Module) -> Optimizer:
         optimizer: Optimizer = others.SAM(model.parameters(), Adam, lr=0.05)

@@ -19,7 +19,8 @@ LONG = torch.full((2**20 + 77,), 0.1)
 
 
 def norm(t: Tensor, ord: float = 2) -> Tensor:
-    return torch.linalg.vector_norm(t.double(), ord)
+    length: Tensor = torch.linalg.vector_norm(t.double(), ord)
+    return length
 
 
 def root_mean_square(t: Tensor) -> Tensor:

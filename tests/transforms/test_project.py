@@ -2,7 +2,7 @@ import copy
 import itertools
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf, sqrt
 from typing import Any
 
@@ -274,7 +274,7 @@ def test_ball_around_reference_bounds_an_attack() -> None:
     assert attacked.max() <= 1
 
 
-Adapt: Any = pytest.mark.parametrize("adapt", ["wrapped", "attached"])
+each_adapter = pytest.mark.parametrize("adapt", ["wrapped", "attached"])
 
 
 def optimize(adapt: str, params: Any, post: Transform, param_ndim: int | None = -1) -> torch.optim.Optimizer:
@@ -285,7 +285,7 @@ def optimize(adapt: str, params: Any, post: Transform, param_ndim: int | None = 
     return optimizer
 
 
-def move(params: list[Tensor]) -> None:
+def move(params: Iterable[Tensor]) -> None:
     """A random start, far outside of any ball."""
     with torch.no_grad():
         for param in params:
@@ -307,7 +307,7 @@ def assert_around(params: Any, centres: list[Tensor], radius: float = 0.5, units
 
 
 # found: 34
-@Adapt
+@each_adapter
 @pytest.mark.parametrize("param_ndim", [-1, None])
 @pytest.mark.parametrize("given", [None, "tensor", "tensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -328,7 +328,7 @@ def test_the_reference_is_that_before_the_random_start(
 
 
 # found: 34
-@Adapt
+@each_adapter
 @pytest.mark.parametrize("steps", [0, 2])
 def test_the_reference_is_in_the_state_dict(adapt: str, steps: int) -> None:
     image = torch.rand(5, 3)
@@ -388,7 +388,7 @@ def test_references_that_do_not_fit(reference: Any, error: type[Exception], mess
     for adapt in ("wrapped", "attached"):
         with pytest.raises(error, match=re.escape(message)):
             optimize(adapt, params, gc.project_ball_around_reference(0.5, reference=reference))
-    optimizer = torch.optim.SGD(params, lr=1.0)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(params, lr=1.0)
     with pytest.raises(error, match=re.escape(message)):
         gc.attach(optimizer, post=gc.project_ball_around_reference(0.5, reference=reference))
     step(optimizer)  # nothing is attached

@@ -1,0 +1,121 @@
+"""Which parameters the transforms of an optimizer reach, as far as it is known before the first step."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor
+
+from gradchain._ranges import as_number
+from gradchain.adapters._states import Member
+from gradchain.broadcast import Broadcast, broadcast, sub_ndim
+from gradchain.chain import Chain
+from gradchain.masked import Masked, Partition
+from gradchain.transform import Combinator, Group, Stage, locate
+
+T = TypeVar("T")
+
+
+def check_reach(
+    chains: Mapping[str, Chain], members: Sequence[Member], hooked: Collection[str] = (), *, are_all: bool = True
+) -> None:
+    """Raise where a pattern matches no name, or where ``param_ndim`` does not fit a parameter that needs it.
+
+    A kind of ``partition`` without a parameter is a warning: the same kinds can be meant for several models.
+
+    Args:
+        chains: The chain of each slot.
+        members: Parameters of the optimizer.
+        hooked: The slots that have a hook, which needs ``param_ndim`` too.
+        are_all: Whether these are all parameters, and not those of a group that joins others.
+    """
+    reach = _Reach([member.name for member in members if member.name is not None] if are_all else [])
+    for slot, stages in chains.items():
+        try:
+            reach.check(stages, slot, members)
+            for member in members if slot in hooked else ():
+                _require_fit(member)
+        except Exception as error:
+            locate(error, slot)
+            raise
+    if reach.unmatched:
+        warnings.warn("; ".join(reach.unmatched), stacklevel=3)
+
+
+class _Reach:
+    """A walk through the stages of chains, with the parameters that each acts on."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        """Those of all parameters."""
+        self.unmatched: list[str] = []
+
+    def check(self, stage: Stage, slot: str, members: Sequence[Member]) -> None:
+        """Raise where something does not fit; what only a step can know is left to it."""
+        if isinstance(stage, Masked):
+            if isinstance(stage.where, str):
+                members = [m for m in members if _ask(m, stage.selects, slot)]
+                if not self._is_matched(stage.where):
+                    raise ValueError(
+                        f"no parameter has a name that matches {stage.where!r}; {self._similar(stage.where)}. For "
+                        "parameters that join the optimizer later, or that another process has, give a function of "
+                        "the group in place of the pattern"
+                    )
+            if isinstance(stage.where, str | Tensor):
+                self.check(stage.stages[0], slot, members)
+        elif isinstance(stage, Partition):
+            if stage.by == "name":
+                self._check_kinds(stage, slot, members)
+        elif isinstance(stage, Combinator):
+            for index, each in enumerate(stage.stages):
+                try:
+                    self.check(each, slot, members)
+                except Exception as error:
+                    locate(error, stage.place(index))
+                    raise
+        else:
+            for member in members:
+                _require_fit(member, broadcast(stage))
+
+    def _check_kinds(self, stage: Partition, slot: str, members: Sequence[Member]) -> None:
+        kinds = [_ask(member, stage.kind, slot) for member in members]
+        for index, (kind, each) in enumerate(zip(stage.kinds, stage.stages, strict=True)):
+            if isinstance(kind, str) and not self._is_matched(kind):
+                similar = self._similar(kind)
+                self.unmatched.append(f"{slot}: partition has the kind {kind!r}, which no name matches; {similar}")
+            self.check(each, slot, [member for member, at in zip(members, kinds, strict=True) if at == index])
+
+    def _is_matched(self, pattern: str) -> bool:
+        return not self.names or any(fnmatchcase(name, pattern) for name in self.names)
+
+    def _similar(self, pattern: str) -> str:
+        """The names that are most like a pattern, in words."""
+        close = difflib.get_close_matches(pattern, self.names, n=3, cutoff=0.0)
+        return (
+            f"there {'is' if len(close) == 1 else 'are'} {', '.join(map(repr, close))}{', ...' * (len(self.names) > 3)}"
+        )
+
+
+def _ask(member: Member, which: Callable[[Group], T], slot: str) -> T:
+    try:
+        return which(member.context(slot))
+    except ValueError as error:
+        locate(error, member.place())
+        raise
+
+
+def _require_fit(member: Member, stage: Stage | None = None) -> None:
+    """Raise where ``param_ndim`` does not fit, for a stage that needs it, or in any case."""
+    param_ndim = as_number(member.group["param_ndim"])
+    try:
+        if isinstance(stage, Broadcast):
+            stage.mapped_ndim(member.param, {**member.group, "param_ndim": param_ndim})
+        elif stage is None:
+            sub_ndim(member.param.ndim, param_ndim)
+    except ValueError as error:
+        locate(error, member.place())
+        raise
