@@ -113,7 +113,7 @@ def _require_fit(member: Member, stage: Stage | None = None) -> None:
     param_ndim = as_number(member.group["param_ndim"])
     try:
         if isinstance(stage, Broadcast):
-            stage.mapped_ndim(member.param, {**member.group, "param_ndim": param_ndim})
+            stage.unit_ndim(member.param.ndim, {**member.group, "param_ndim": param_ndim})
         elif stage is None:
             sub_ndim(member.param.ndim, param_ndim)
     except ValueError as error:
