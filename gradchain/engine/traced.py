@@ -238,9 +238,6 @@ class _Attempt:
             self._require_form(outputs)
             return Traced(self.recorder.trace(outputs), tuple(watched), self.group.reads)
         except Exception as error:
-            import os
-            import traceback
-
             if os.environ.get("TB"):
                 traceback.print_exc()
             raise UntracedStage(self.position, _reason(error)) from error
@@ -250,7 +247,7 @@ class _Attempt:
         context = {name[len(CONTEXT) :]: value for name, value in values.items() if name.startswith(CONTEXT)}
         outputs: dict[str, Tensor] = {}
         for self.position, part in enumerate(self.parts):
-            self.recorder.stage = show(part.stage)
+            self.recorder.stage = " ".join(part.places[-1].split()) if part.places else show(part.stage)
             self.group.numbers.clear()
             start = STATE + part.path
             state = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}

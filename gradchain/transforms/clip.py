@@ -29,6 +29,7 @@ def clip_by_norm(
         ValueError: ``max_norm`` or ``ord`` is not above 0.
 
     Example:
+        >>> import torch
         >>> clip_by_norm(1.0)(torch.tensor([3.0, 4.0]), {})
         tensor([0.6000, 0.8000])
         >>> clip_by_norm(10.0)(torch.tensor([3.0, 4.0]), {})
@@ -56,6 +57,7 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
         ValueError: ``threshold`` is not above 0.
 
     Example:
+        >>> import torch
         >>> clip_by_rms(1.0)(torch.tensor([2.0, -2.0, 2.0, -2.0]), {})
         tensor([ 1., -1.,  1., -1.])
 
@@ -84,6 +86,7 @@ def clip_adaptive(
         ValueError: ``clipping`` or ``eps`` is not above 0, or there is no ``group["param"]``.
 
     Example:
+        >>> import torch
         >>> clip_adaptive(0.1)(torch.tensor([3.0, 4.0]), {"param": torch.tensor([0.0, 10.0])})
         tensor([0.6000, 0.8000])
 
