@@ -13,7 +13,7 @@ from gradchain._sharding import has_whole_units, is_distributed, is_placed_like
 from gradchain.engine.blocks import Programs
 from gradchain.engine.operations import AsItIs, Item, Jointly, Measure, Operation, Pass, View, raise_located
 from gradchain.engine.traced import ABSENT, NotedGroup, UntracedStage, is_same_value, trace_stages
-from gradchain.transform import Part, Stage, locate
+from gradchain.transform import Group, Part, Stage, locate
 
 
 class Plan:
@@ -36,9 +36,10 @@ class Plan:
         self.slot = slot
         self.items = items
         self.has_run = False
-        groups = [NotedGroup(item.full_group | {"param": item.param}) for item in items]
+        groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
+        noted = [] if torch.compiler.is_compiling() else list(map(NotedGroup, groups))
         try:
-            self.parts = list(stage.split(groups, range(len(items)), f"{slot}."))
+            self.parts = list(stage.split(noted or groups, range(len(items)), f"{slot}."))
         except Exception as error:
             locate(error, slot)
             raise
@@ -47,7 +48,7 @@ class Plan:
                 self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
-            for item, group in zip(items, groups, strict=True)
+            for item, group in zip(items, noted, strict=False)
             for key, value in group.reads.items()
             if key not in item.identity and key != "param"
         ]
@@ -160,6 +161,10 @@ class Plan:
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
         if not parts:
+            return
+        if torch.compiler.is_compiling():  # the compiler makes a program of all of it, and better ones
+            for part in parts:
+                yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), "is compiled")
             return
         try:
             yield Programs(self.slot, parts, self.items, views)

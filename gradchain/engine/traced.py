@@ -238,8 +238,6 @@ class _Attempt:
             self._require_form(outputs)
             return Traced(self.recorder.trace(outputs), tuple(watched), self.group.reads)
         except Exception as error:
-            if os.environ.get("TB"):
-                traceback.print_exc()
             raise UntracedStage(self.position, _reason(error)) from error
 
     def _run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
