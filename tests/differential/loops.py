@@ -178,6 +178,7 @@ class Loops:
                 self._start("pre", list(grads))
                 self._start("update", list(grads))
                 self._start("post", acting)
+                started = dict(self.states)
                 grads = self._slot("pre", grads, {"param": before})
                 for name, param in self.params.items():
                     group = self.groups[name]
@@ -197,7 +198,7 @@ class Loops:
         except (Skipped, Failure) as stop:
             self.states = states
             if isinstance(stop, Skipped):
-                self.states[stop.place] = stop.state
+                self.states = {**started, stop.place: stop.state}
                 self.skipped = True
             else:
                 self.failed = True
