@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradchain._ranges import as_number
@@ -41,6 +41,13 @@ OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 def make_inner(
     params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
 ) -> Optimizer:
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            f"params must be parameters, got an optimizer, {type(params).__name__}; to put transforms "
+            "around it, give it by keyword: ParamTransformingOptimizer(InnerOpt=...)"
+        )
+    if isinstance(params, nn.Module):
+        raise TypeError(f"params must be parameters, got a module, {type(params).__name__}; give named_parameters()")
     if isinstance(InnerOpt, Optimizer):
         if params is not None or kwargs:
             given = ["params"] * (params is not None) + sorted(kwargs)
@@ -120,13 +127,8 @@ def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any
 def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
     """Raise where a value in ``group`` is of the wrong type or out of range."""
     place = f"group {group_index}"
-    known = {key for members in chains.values() for key in members.hyperparameters}
-    taken = prefixes(chains.values())
+    require_known(group_index, group.keys(), chains)
     try:
-        for key in group.keys() - known:
-            prefix, dot, _ = key.rpartition(".")
-            if dot and prefix in taken:
-                raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
         require_param_ndim(as_number(group["param_ndim"]))
         for key in ("grad_scale", "grad_bias"):
             value = group.get(key, 1.0)
@@ -141,6 +143,31 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
         locate(error, place)
         raise
     check_support(group_index, group)
+
+
+def require_known(group_index: int, keys: Iterable[str], chains: Mapping[str, Chain]) -> None:
+    """Raise where one of ``keys`` is that of a transform which has no such hyperparameter."""
+    known = {key for members in chains.values() for key in members.hyperparameters}
+    taken = prefixes(chains.values())
+    for key in keys:
+        prefix, dot, _ = key.rpartition(".")
+        if dot and prefix in taken and key not in known:
+            raise ValueError(f'group {group_index}: "{key}" is no hyperparameter; there are {sorted(known)}')
+
+
+def warn_of_short(group_index: int, keys: Iterable[str], chains: Mapping[str, Chain]) -> None:
+    """Warn where one of ``keys`` is the last part of the key of just one hyperparameter, which may be meant."""
+    by_last: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for members in chains.values() for key in members.hyperparameters):
+        by_last.setdefault(key.rpartition(".")[2], []).append(key)
+    for key in keys:
+        meant = by_last.get(key, [])
+        if len(meant) == 1 and meant != [key]:
+            warnings.warn(
+                f'group {group_index} has the key "{key}", which no transform reads; if it is meant for the '
+                f'hyperparameter "{meant[0]}", set that, or give it the short key with .named({key}="{key}")',
+                stacklevel=4,
+            )
 
 
 def check_support(group_index: int, group: Group) -> None:

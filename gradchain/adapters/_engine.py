@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from operator import is_
+from operator import eq, is_
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from gradchain.adapters._construction import (
     describe,
     number_chains,
     prefixes,
+    require_known,
+    warn_of_short,
     warn_of_unread,
 )
 from gradchain.adapters._names import Names
@@ -106,6 +109,7 @@ class Engine:
         self.fused = fused
         self.states = states
         self.names = Names() if names is None else names
+        self._keys: list[Set[str]] = []
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: Plans | None = None
@@ -113,6 +117,7 @@ class Engine:
         self._is_settled = True
         """Whether the states are known to fit the chains."""
         self.chains()
+        self.note_keys()
 
     @property
     def owner(self) -> Owner:
@@ -223,6 +228,23 @@ class Engine:
         states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
         warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
+
+    def note_keys(self) -> None:
+        """Remember the keys of the groups, which have been checked."""
+        self._keys = [set(group) for group in self.owner.param_groups]
+
+    def check_keys(self) -> None:
+        """Raise where a group has got a key that is mistyped; a comparison of sets while there is no other key."""
+        groups = self.owner.param_groups
+        if torch.compiler.is_compiling() or (
+            len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys))
+        ):
+            return
+        for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
+            new = set(group).difference(known)
+            require_known(index, new, self.chains())
+            warn_of_short(index, new - self.owner.inner_opt.defaults.keys(), self.chains())
+        self.note_keys()
 
     def take_names(self, names: Names) -> None:
         """Name parameters so from now on."""
@@ -364,6 +386,7 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
+        engine.check_keys()
         engine.follow()
         self.roster = engine.roster
         self.passes: list[Pass] = []

@@ -26,6 +26,7 @@ from gradchain.adapters._construction import (
     number_chains,
     prefixes,
     require_new,
+    warn_of_short,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.adapters._reach import check_reach
@@ -276,6 +277,8 @@ class _Hooks:
         names = self.engine.names.joined_by(model, self.engine.roster.params)
         check_reach(numbered, Roster(groups, names).members)
         optimizer = self.inner_opt
+        for index, group in enumerate(groups):
+            warn_of_short(index, group.keys() - (optimizer.defaults.keys() - self.defaults.keys()), numbered)
         new = attached.defaults.keys() - self.defaults.keys() - optimizer.defaults.keys()
         self._own_keys += [set() for _ in self.param_groups[len(self._own_keys) :]]
         for group, own_keys in zip(self.param_groups, self._own_keys, strict=True):
@@ -288,6 +291,7 @@ class _Hooks:
         self.defaults.update(attached.defaults)
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
+        self.engine.note_keys()
         self.engine.take_names(names)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
         try:

@@ -198,6 +198,7 @@ class _EngineOfOne(Engine):
     """Runs chains on one parameter, which has the number and the group that it has among all."""
 
     def __init__(self, owner: Any, roster: Roster, engine: Engine) -> None:
+        self.check_keys = engine.check_keys  # type: ignore[method-assign] # of the groups of the optimizer
         super().__init__(owner, _StatesOfOne(engine.states.by_param), engine.numbered, engine.names)
         self._one = roster
 

@@ -25,6 +25,7 @@ from gradchain.adapters._construction import (
     number_chains,
     replace_defaults,
     require_new,
+    warn_of_short,
 )
 from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.adapters._names import Names
@@ -179,6 +180,8 @@ class ParamTransformingOptimizer(Optimizer):
             check_group(index, group, numbered)
         names = Names().joined_by(model, [param for group in groups for param in group["params"]])
         check_reach(numbered, Roster(completed, names).members, self._hooked_slots)
+        for index, group in enumerate(completed):
+            warn_of_short(index, group.keys() - (inner_opt.defaults.keys() - earlier.keys()), numbered)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
             group.clear()
             group.update(kept)
@@ -438,6 +441,8 @@ class ParamTransformingOptimizer(Optimizer):
             check_group(last, self.param_groups[-1], chains)
             new = [member for member in self._engine.roster.members if member.position[0] == last]
             check_reach(chains, new, self._hooked_slots, are_all=False)
+            warn_of_short(last, self.param_groups[-1].keys() - self.defaults.keys(), chains)
+            self._engine.note_keys()
             self._engine.begin()
         except Exception:
             del self.param_groups[-1]
@@ -485,6 +490,7 @@ class ParamTransformingOptimizer(Optimizer):
         self._engine = Engine(self, *map(state.__getitem__, of_engine))
         self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
+        self._engine.note_keys()
 
     def __getattr__(self, name: str) -> Any:
         # Some optimizers have a mode, and frameworks ask for it with hasattr. All else stays hidden: what a GradScaler

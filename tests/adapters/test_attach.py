@@ -1,7 +1,6 @@
 """``attach``: the numbers of ``ParamTransformingOptimizer``, from the inside of a step that belongs to others."""
 
 import copy
-import io
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -11,22 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from gradchain import (
     Group,
     ParamTransformingOptimizer,
-    Transform,
     accumulate,
     attach,
     broadcast,
     chain,
     clamp,
-    clip_by_global_norm,
     clip_by_norm,
-    clip_by_zscore,
     ema,
     masked,
     normalize,
@@ -39,111 +34,20 @@ from gradchain import (
     skip_nonfinite,
     trace,
 )
-from tests.cases import CASES
-
-INNER: dict[str, Callable[..., Optimizer]] = {
-    "SGD": partial(SGD, lr=0.1),
-    "SGD with momentum and decay": partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "SGD, fused": partial(SGD, lr=0.1, weight_decay=0.1, fused=True),  # momentum would need all gradients at once
-    "Adagrad": partial(Adagrad, lr=0.1, weight_decay=0.1),
-    "Adam": partial(Adam, lr=0.1, weight_decay=0.1),
-    "AdamW, foreach": partial(AdamW, lr=0.1, foreach=True),
-    "AdamW, fused": partial(AdamW, lr=0.1, fused=True),
-    "RMSprop": partial(RMSprop, lr=0.01, momentum=0.9, weight_decay=0.1),
-    "LBFGS": partial(LBFGS, lr=0.1, max_iter=5),
-    "LBFGS with a line search": partial(LBFGS, max_iter=5, line_search_fn="strong_wolfe"),
-}
-WITHOUT_CLOSURE = [InnerOpt for name, InnerOpt in INNER.items() if "LBFGS" not in name]
-EVERYWHERE: dict[str, Any] = {
-    "pre": chain(ema(0.9), clip_by_global_norm(0.5)),
-    "update": chain(scale(0.5), trace(0.5)),
-    "post": chain(clamp(-1, 1), param_ema(0.9)),
-}
-
-
-def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 2), (4,), (2,))]
-
-
-def backward(params: list[nn.Parameter], step: int, factor: float = 1.0) -> Tensor:
-    """Gradients that depend on the step and the parameters; the last parameter gets its first one at step 4."""
-    generator = torch.Generator().manual_seed(step)
-    loss = torch.zeros(())
-    for param in params[: 3 if step >= 4 else 2]:
-        param.grad = None
-        target = torch.randn(param.shape, generator=generator).to(param.dtype)
-        loss = loss + factor * (param - target).square().sum()
-    loss.backward()
-    return loss.detach()
-
-
-def train(optimizer: Any, params: list[nn.Parameter], steps: range, *, bad: range = range(0)) -> list[Any]:
-    """Steps, with a closure where the optimizer needs one; ``bad`` ones have no finite gradient."""
-    with_closure = isinstance(getattr(optimizer, "inner_opt", optimizer), LBFGS)
-    losses = []
-    for k in steps:
-        factor = float("inf") if k in bad else 1.0
-        if with_closure:
-            losses.append(optimizer.step(lambda k=k, factor=factor: backward(params, k, factor)))
-        else:
-            backward(params, k, factor)
-            losses.append(optimizer.step())
-    return losses
-
-
-def wrapped(inner: Optimizer, **chains: Any) -> Optimizer:
-    return ParamTransformingOptimizer(InnerOpt=inner, **chains)
-
-
-def attached(inner: Optimizer, **chains: Any) -> Optimizer:
-    attach(inner, **chains)
-    return inner
-
-
-def run(
-    adapt: Callable[..., Optimizer], InnerOpt: Any, chains: dict[str, Any], steps: int = 6, bad: range = range(0)
-) -> Any:
-    """All that there is to see after some steps."""
-    params = make_params()
-    optimizer = adapt(InnerOpt(params[:1] if InnerOpt in LBFGS_LIKE else params), **chains)
-    losses = train(optimizer, params[: len(optimizer.param_groups[0]["params"])], range(steps), bad=bad)
-    return losses, params, [p.grad for p in params], optimizer.state_dict()["state"]
-
-
-LBFGS_LIKE = [InnerOpt for name, InnerOpt in INNER.items() if "LBFGS" in name]
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
+from tests.adapters.common import (
+    EVERYWHERE,
+    INNER,
+    WITHOUT_CLOSURE,
+    assert_equal,
+    attached,
+    backward,
+    make_params,
+    run,
+    train,
+    wrapped,
+)
 
 # The same numbers
-
-
-@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
-@pytest.mark.parametrize(
-    "chains",
-    [
-        {},
-        {"pre": clip_by_norm(0.5)},
-        {"pre": lambda t, group: t / (1 + t.abs())},
-        {"update": lambda t, group: 0.5 * t},
-        {"post": project_l2_ball(1.0), "param_ndim": None},
-        {"pre": chain(clip_by_zscore(2.5, warmup=2), accumulate(2))},
-        EVERYWHERE,
-    ],
-    ids=["nothing", "rule", "function", "update", "post", "shared state", "everywhere"],
-)
-def test_same_numbers(InnerOpt: Any, chains: dict[str, Any]) -> None:
-    assert_equal(run(attached, InnerOpt, chains), run(wrapped, InnerOpt, chains))
-
-
-@pytest.mark.parametrize("t", [case.transform for case in CASES if case.transform.stateful], ids=repr)
-def test_same_numbers_with_every_state(t: Transform) -> None:
-    slot = "post" if repr(t).startswith(("param_ema", "lookahead", "project_ball_around")) else "pre"
-    chains: dict[str, Any] = {slot: t, "param_ndim": None}
-    assert_equal(run(attached, INNER["Adam"], chains), run(wrapped, INNER["Adam"], chains))
 
 
 @pytest.mark.parametrize("pass_closure", [lambda o, c: o.step(c), lambda o, c: o.step(closure=c)])
@@ -177,7 +81,8 @@ def test_a_skipped_step_moves_nothing(InnerOpt: Any, bad: range) -> None:
     for steps in range(bad.stop, 6):
         _, params, grads, state = run(attached, InnerOpt, chains, steps, bad)
         _, expected_params, expected_grads, expected_state = run(wrapped, InnerOpt, chains, steps, bad)
-        assert_equal([params, grads, state], [expected_params, expected_grads, expected_state])
+        expected = [expected_params, expected_grads, expected_state]
+        assert_equal([params, grads, state], expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
@@ -417,29 +322,6 @@ def test_it_prints_as_the_call() -> None:
 # Checkpoints and copies
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("InnerOpt", WITHOUT_CLOSURE)
-@pytest.mark.parametrize(("save", "load"), [(attached, attached), (attached, wrapped), (wrapped, attached)])
-def test_stop_save_load_go_on(InnerOpt: Any, dtype: torch.dtype, save: Any, load: Any) -> None:
-    whole, params, fresh = (make_params(dtype) for _ in range(3))
-    expected = attached(InnerOpt(whole), **EVERYWHERE)
-    train(expected, whole, range(8))
-    first = save(InnerOpt(params), **EVERYWHERE)
-    train(first, params, range(3))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = load(InnerOpt(fresh), **EVERYWHERE)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    for old, new in zip(params, fresh, strict=True):
-        new.data.copy_(old.data)
-    train(second, fresh, range(3, 8))
-    assert_equal([fresh, second.state_dict()["state"]], [whole, expected.state_dict()["state"]])
-    assert {value.dtype for value in second.state[fresh[0]]["transforms"]["update"]["trace"].values()} == {
-        torch.float32
-    }
-
-
 def test_a_bare_checkpoint_gets_the_defaults() -> None:
     x = nn.Parameter(torch.ones(1))
     optimizer = SGD([x], lr=0.1)
@@ -498,28 +380,6 @@ def test_copies_have_no_transforms_until_they_are_attached(copied: Callable[[Any
     handle.remove()
     assert other.param_groups[0].keys() == Adam(make_params()).param_groups[0].keys()
     assert optimizer.param_groups[0]["ema.decay"] == 0.9
-
-
-def test_distributed_checkpoint() -> None:
-    def make() -> tuple[nn.Module, Optimizer]:
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        optimizer = Adam(model.parameters(), lr=0.1)
-        attach(optimizer, pre=chain(normalize(), ema(0.9)), post=project_l2_ball(0.1))
-        return model, optimizer
-
-    model, optimizer = make()
-    train(optimizer, list(model.parameters()), range(3))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    other_model, other = make()
-    before = copy.deepcopy(other_model.state_dict())
-    get_optimizer_state_dict(other_model, other)  # which makes a step, to see the state
-    assert_equal(other_model.state_dict(), before)
-    set_optimizer_state_dict(other_model, other, saved)
-    other_model.load_state_dict(model.state_dict())
-    train(optimizer, list(model.parameters()), range(3, 5))
-    train(other, list(other_model.parameters()), range(3, 5))
-    assert_equal([other_model.state_dict(), other.state_dict()], [model.state_dict(), optimizer.state_dict()])
 
 
 def test_a_state_that_others_reset() -> None:
@@ -593,26 +453,6 @@ def test_gradients_that_are_still_scaled() -> None:
 
 def fail() -> Tensor:
     raise ArithmeticError("no")
-
-
-@pytest.mark.parametrize("slot", ["pre", "update", "post"])
-@pytest.mark.parametrize("InnerOpt", INNER.values(), ids=INNER)
-def test_a_failing_transform_changes_no_parameter(InnerOpt: Any, slot: str) -> None:
-    params = make_params()[:2] if InnerOpt not in LBFGS_LIKE else make_params()[:1]
-    broken = False
-    chains = {**EVERYWHERE, slot: chain(EVERYWHERE[slot], lambda t, group: fail() if broken else t)}
-    optimizer = InnerOpt(params)
-    attach(optimizer, **chains)
-    train(optimizer, params, range(2))
-    before = [p.detach().clone() for p in params]
-    states = copy.deepcopy({k: s["transforms"] for k, s in optimizer.state_dict()["state"].items()})
-    broken = True
-    with pytest.raises(ArithmeticError, match=rf"{slot}, group 0, parameter 0 of shape .*: stage \d, .*: no"):
-        train(optimizer, params, range(2, 3))
-    assert_equal([p.detach() for p in params], before)
-    assert_equal({k: s["transforms"] for k, s in optimizer.state_dict()["state"].items()}, states)
-    broken = False
-    train(optimizer, params, range(2, 4))
 
 
 def test_a_closure_that_fails_on_the_way_moves_nothing() -> None:

@@ -31,7 +31,7 @@ from gradchain import (
     transform,
     zero_nonfinite,
 )
-from tests.adapters.test_slots import average
+from tests.adapters.common import average
 
 SHAPES = [(3, 2), (4,), (2,)]
 INNER = {

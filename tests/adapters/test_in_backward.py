@@ -42,7 +42,7 @@ from gradchain import (
     with_error_feedback,
 )
 from gradchain.adapters.in_backward import step_in_backward
-from tests.adapters.test_slots import average
+from tests.adapters.common import average
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
 

@@ -23,6 +23,7 @@ from gradchain import (
     cautious,
     chain,
     clamp,
+    clip_adaptive,
     clip_by_global_norm,
     clip_by_norm,
     ema,
@@ -34,6 +35,7 @@ from gradchain import (
     scale,
     schedule,
     sign,
+    step_in_backward,
     transform,
     with_error_feedback,
 )
@@ -102,6 +104,13 @@ def test_groups_state_and_defaults_are_those_of_the_inner_optimizer() -> None:
         ({"InnerOpt": "SGD"}, TypeError, "InnerOpt must be a torch.optim.Optimizer type, .* got 'SGD'"),
         ({"params": None}, ValueError, "params are needed to make the inner optimizer, SGD; got None"),
         ({"params": []}, ValueError, "empty parameter list"),
+        # found: 32
+        (
+            {"params": SGD([nn.Parameter(torch.ones(1))])},
+            TypeError,
+            r"got an optimizer, SGD; .*\(InnerOpt=...\)",
+        ),
+        ({"params": nn.Linear(1, 1)}, TypeError, r"got a module, Linear; give named_parameters\(\)"),
         ({"pre": 3}, TypeError, "pre must be a callable .tensor, group. -> tensor, got 3"),
         ({"post": sign}, TypeError, "post is the factory sign, not a transform; call it"),
         (
@@ -371,6 +380,65 @@ def saved(optim: Optimizer) -> bytes:
     file = io.BytesIO()
     torch.save(optim.state_dict(), file)
     return file.getvalue()
+
+
+# found: 8
+@pytest.mark.parametrize("adapter", ["wrapper", "attach", "backward"])
+def test_a_mistyped_key_in_the_middle_of_training(adapter: str) -> None:
+    x = param(1.0, 1.0)
+    optim: Any = SGD([x], lr=0.5)
+    if adapter == "attach":
+        attach(optim, pre=clip_by_norm(1.0))
+    else:
+        optim = ParamTransformingOptimizer(InnerOpt=optim, pre=clip_by_norm(1.0))
+    if adapter == "backward":
+        step_in_backward(optim)
+
+    def step() -> None:
+        x.sum().backward()
+        if adapter != "backward":
+            optim.step()
+
+    step()
+    group, before = optim.param_groups[0], x.detach().clone()
+    for mistyped in ("clip_by_norm.maxnorm", "clip_by_norm.max", "clip_by_norm.ord"):
+        group[mistyped] = 0.5
+        for _ in range(2):  # as long as it is there
+            x.grad = None
+            with pytest.raises(ValueError, match=f'group 0: "{mistyped}" is no hyperparameter; there are .*.max_norm'):
+                step()
+            assert torch.equal(x, before)
+        del group[mistyped]
+    group["clip_by_norm.max_norm"] = group["of others"] = group["other.key"] = 0.5
+    step()
+    assert not torch.equal(x, before)
+    group["max_norm"] = 1
+    with pytest.raises(UserWarning, match=r'group 0 has the key "max_norm", .* "clip_by_norm.max_norm", set that'):
+        step()
+
+
+# found: 32
+def test_a_short_key_in_a_group() -> None:
+    message = r'group 0 has the key "max_norm", which no .*"clip_by_norm.max_norm".*named\(max_norm="max_norm"\)'
+    x, clip = param(1.0, 2.0, grad=[1.0, 1.0]), clip_by_norm(1.0)
+    pre = chain(clip, scale(2.0), clamp(-1, 1), scale(3.0))
+    group: dict[str, Any] = {"params": [x], "max_norm": 1}
+    with pytest.warns(UserWarning, match=message):
+        optim = ParamTransformingOptimizer([group], pre=pre, lr=1.0)
+    with pytest.warns(UserWarning, match=message):
+        ParamTransformingOptimizer([x], pre=pre, defaults={"max_norm": 1})
+    attached = SGD([group], lr=1.0)
+    with pytest.warns(UserWarning, match=message):
+        attach(attached, pre=pre)
+    for warned in (optim, attached, copy.deepcopy(optim)):  # once
+        warned.step()
+        warned.load_state_dict(warned.state_dict())
+        warned.step()
+    optim = ParamTransformingOptimizer([{"params": [x], "factor": 1, "lr": 0.1}], pre=pre)  # which of the two?
+    with pytest.warns(UserWarning, match='group 1 has the key "max"'):
+        optim.add_param_group({"params": [param(1.0)], "max": 1})
+    ParamTransformingOptimizer([{"params": [x], "eps": 0.1}], Adam, pre=clip_adaptive(0.1))  # which is that of Adam
+    assert ParamTransformingOptimizer([group], pre=clip.named(max_norm="max_norm")).param_groups[0]["max_norm"] == 1
 
 
 def test_value_that_a_schedule_moves_out_of_range() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from gradchain import Group, ParamTransformingOptimizer, clip_adaptive, normalize, project_l1_ball
+from tests.adapters.common import assert_equal
 from tests.test_broadcast import loop, subtract_max
 
 OPTIMIZERS: list[Callable[..., Optimizer]] = [
@@ -89,10 +90,6 @@ def train(
     for _ in range(steps):
         optim.step(closure)
     return model, optim
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def without_own_keys(state_dict: dict[str, Any]) -> dict[str, Any]:

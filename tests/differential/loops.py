@@ -178,6 +178,7 @@ class Loops:
                 self._start("pre", list(grads))
                 self._start("update", list(grads))
                 self._start("post", acting)
+                started = dict(self.states)
                 grads = self._slot("pre", grads, {"param": before})
                 for name, param in self.params.items():
                     group = self.groups[name]
@@ -197,7 +198,7 @@ class Loops:
         except (Skipped, Failure) as stop:
             self.states = states
             if isinstance(stop, Skipped):
-                self.states[stop.place] = stop.state
+                self.states = {**started, stop.place: stop.state}
                 self.skipped = True
             else:
                 self.failed = True
@@ -284,7 +285,7 @@ class Loops:
         if not isinstance(node, Node):
             results = self._measured(node, place, tensors, groups) if is_measure(node) else {}
             results = results or {n: self._each(node, place, n, t, groups[n], ndim) for n, t in tensors.items()}
-            return {name: self._jittered(result) for name, result in results.items()}
+            return {name: self._jittered(result, tensors[name]) for name, result in results.items()}
         results = dict(tensors)
         for index, chosen in enumerate(self._choices(node, groups)):
             some = {name: results[name] for name in chosen}
@@ -333,11 +334,13 @@ class Loops:
         self.states[place] = new_state
         return {**tensors, **pieces}
 
-    def _jittered(self, value: Tensor) -> Tensor:
-        if not self.jitter:
+    def _jittered(self, value: Tensor, before: Tensor) -> Tensor:
+        if not self.jitter or not value.numel():
             return value
         noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
-        return value * (1 + self.jitter * noise).to(value.dtype)
+        # What cancels is off by a share of what it was.
+        size = value.abs() + before.nan_to_num(0, 0, 0).abs().amax()
+        return value + (self.jitter * noise * size).to(value.dtype)
 
 
 def is_measure(node: Any) -> bool:

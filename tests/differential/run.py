@@ -222,7 +222,7 @@ def require_kept(old: Any, new: Any, place: str) -> None:
     if isinstance(old, dict):
         for key, value in old.items():
             require_kept(value, new[key], f"{place}.{key}")
-    elif not same(old, new):
+    elif not same(old.to(new.dtype), new):  # states take the dtype that their parameter has got
         raise Mismatch(f"the state {place} has moved in a step that failed")
 
 

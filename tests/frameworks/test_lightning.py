@@ -200,6 +200,20 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     assert resumed["state"][0]["transforms"].keys() == {"pre", "post"}
 
 
+# found: 7
+def test_attached_after_the_checkpoint_was_restored(tmp_path: Path) -> None:
+    class Attach(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            attach(trainer.optimizers[0], **CHAINS)
+
+    whole, first, second = (Module(make_adamw, seed=seed) for seed in (0, 0, 1))
+    expected = fit(whole, max_epochs=4, callbacks=[Attach()]).optimizers[0].state_dict()["state"]
+    fit(first, callbacks=[Attach()]).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(second, max_epochs=4, callbacks=[Attach()], ckpt_path=tmp_path / "half.ckpt")
+    assert_same(values(second), values(whole))
+    assert_same(resumed.optimizers[0].state_dict()["state"], expected)
+
+
 # found: 15
 def test_schedules_of_hyperparameters_resume(adapt: Adapt, tmp_path: Path) -> None:
     seen: dict[str, list[tuple[float, float]]] = {}

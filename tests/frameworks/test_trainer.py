@@ -158,6 +158,26 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     assert state[0]["transforms"].keys() == {"pre", "post"}
 
 
+# found: 7
+def test_attached_after_the_checkpoint_was_restored(tmp_path: Path) -> None:
+    class Attach(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            attach(kwargs["optimizer"].optimizer, **CHAINS)
+
+    def make(seed: int, path: Path, **settings: Any) -> tuple[Model, Any]:
+        model = Model(seed)
+        trainer = make_trainer(model, path, (make_adamw(model), None), per_device_train_batch_size=8, **settings)
+        trainer.add_callback(Attach())
+        return model, trainer
+
+    whole, trainer = make(0, tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    resumed, again = make(1, tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(values(resumed), values(whole))
+    assert_same(again.optimizer.state_dict()["state"], trainer.optimizer.state_dict()["state"])
+
+
 # found: 15
 def test_schedules_of_hyperparameters_resume(adapt: Adapt, tmp_path: Path) -> None:
     key = "clip_by_global_norm.max_norm"
