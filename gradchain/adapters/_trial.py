@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradchain.adapters._construction import complete_groups
-from gradchain.adapters._engine import Engine, Step, is_rehearsal
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
+from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
+from gradchain.engine.step import Engine, Step, is_rehearsal
 from gradchain.explain import Explanation, Record, forked_rng
 from gradchain.transform import Group, locate, show
 

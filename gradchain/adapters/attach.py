@@ -17,7 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from gradchain._ranges import as_number
 from gradchain._units import print_slots
-from gradchain.adapters._construction import (
+from gradchain.adapters._trial import explain_step
+from gradchain.adapters.optimizer import ParamTransformingOptimizer
+from gradchain.chain import Chain, chain
+from gradchain.engine.groups import (
     ATTACHED,
     check_group,
     complete_groups,
@@ -28,13 +31,10 @@ from gradchain.adapters._construction import (
     require_new,
     warn_of_short,
 )
-from gradchain.adapters._engine import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
-from gradchain.adapters._reach import check_reach
-from gradchain.adapters._states import KEY, Member, Roster, TransformStates
-from gradchain.adapters._trial import explain_step
-from gradchain.adapters.optimizer import ParamTransformingOptimizer
-from gradchain.chain import Chain, chain
 from gradchain.engine.operations import SkippedStep
+from gradchain.engine.reach import check_reach
+from gradchain.engine.states import KEY, Member, Roster, TransformStates
+from gradchain.engine.step import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.explain import Explanation
 from gradchain.transform import Group, Transform, below, beneath, is_same
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal
-from gradchain.adapters._states import Member, Roster, TransformStates
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
+from gradchain.engine.states import Member, Roster, TransformStates
+from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal
 from gradchain.transform import Combinator, Group, Stage, is_same
 
 

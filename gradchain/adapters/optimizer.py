@@ -15,7 +15,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from gradchain._html import show_optimizer
 from gradchain._ranges import as_number
 from gradchain._units import print_slots
-from gradchain.adapters._construction import (
+from gradchain.adapters._trial import explain_step
+from gradchain.broadcast import to_batch
+from gradchain.chain import Chain
+from gradchain.engine.groups import (
     Params,
     check_group,
     complete_groups,
@@ -27,14 +30,11 @@ from gradchain.adapters._construction import (
     require_new,
     warn_of_short,
 )
-from gradchain.adapters._engine import SLOTS, Engine, Step, is_rehearsal, rescales
-from gradchain.adapters._names import Names
-from gradchain.adapters._reach import check_reach
-from gradchain.adapters._states import Member, Roster, TransformStates
-from gradchain.adapters._trial import explain_step
-from gradchain.broadcast import to_batch
-from gradchain.chain import Chain
+from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
+from gradchain.engine.reach import check_reach
+from gradchain.engine.states import Member, Roster, TransformStates
+from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.explain import Explanation
 from gradchain.transform import Group, Transform, is_same
 

@@ -26,7 +26,7 @@ from gradchain import (
     step_in_backward,
     with_error_feedback,
 )
-from gradchain.adapters._names import named_parameters
+from gradchain.engine.names import named_parameters
 
 
 def make_model() -> nn.Sequential:

@@ -11,9 +11,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from gradchain._ranges import as_number
-from gradchain.adapters._states import Member
 from gradchain.broadcast import Broadcast, broadcast, sub_ndim
 from gradchain.chain import Chain
+from gradchain.engine.states import Member
 from gradchain.masked import Masked, Partition
 from gradchain.transform import Combinator, Group, Stage, locate
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._sharding import gather_anew
-from gradchain.adapters._construction import describe
-from gradchain.adapters._names import Names
 from gradchain.chain import Chain
+from gradchain.engine.groups import describe
+from gradchain.engine.names import Names
 from gradchain.engine.operations import own
 from gradchain.transform import Group, Stage, State, below, beneath, locate, show
 

@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 
 from gradchain._sharding import gather, is_distributed, local
 from gradchain._units import list_stages
-from gradchain.adapters._construction import (
+from gradchain.broadcast import broadcast
+from gradchain.chain import Chain
+from gradchain.engine.groups import (
     check_group,
     check_support,
     complete_groups,
@@ -30,13 +32,11 @@ from gradchain.adapters._construction import (
     warn_of_short,
     warn_of_unread,
 )
-from gradchain.adapters._names import Names
-from gradchain.adapters._reach import check_reach
-from gradchain.adapters._states import SLOTS, Member, Roster, Tensors, TransformStates
-from gradchain.broadcast import broadcast
-from gradchain.chain import Chain
+from gradchain.engine.names import Names
 from gradchain.engine.operations import Item, Pass, SkippedStep
 from gradchain.engine.plan import Plan, needs_dense
+from gradchain.engine.reach import check_reach
+from gradchain.engine.states import SLOTS, Member, Roster, Tensors, TransformStates
 from gradchain.transform import Group, locate
 
 T = TypeVar("T")
