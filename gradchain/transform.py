@@ -554,7 +554,7 @@ class BoundTransform(Each):
         """Call the function."""
         wide, wide_group = widen(tensor, group)
         function = self.definition.function
-        arguments = self._read_in(group, wide.dtype.to_real())
+        arguments = self._read_in(group, wide.real.dtype)
         new_state = state
 
         def call() -> Tensor:

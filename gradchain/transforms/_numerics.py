@@ -34,7 +34,9 @@ def shrinkage(length: Tensor, limit: float | Tensor) -> Tensor:
 
     An infinite limit leaves everything as it is: lengths that overflow, or are NaN, too.
     """
-    if not isinstance(limit, Tensor) and 0 < limit < math.inf:
-        return 1 / (length / limit).clamp_min(1)  # the same, in fewer operations
-    inside = (length <= limit) | (limit == math.inf)
-    return torch.where(inside, 1, limit / torch.where(inside, 1, length))
+    if not isinstance(limit, Tensor) and limit == 0:
+        return torch.zeros_like(length)  # which has a derivative
+    is_finite = limit < math.inf
+    power = -is_finite.to(length.dtype) if isinstance(is_finite, Tensor) else -float(is_finite)
+    excess = length.clamp_min(torch.finfo(length.dtype).tiny) / limit  # of zero over zero too
+    return excess.clamp_min(1) ** power  # and any number to the power of 0 is 1, NaN too

@@ -345,7 +345,7 @@ def project_ball_around_reference(
     Raises:
         ValueError: ``radius`` is below 0, ``ord`` is none of 1, 2 and inf, ``lower > upper``, or ``reference`` does
             not fit the parameters.
-        TypeError: The tensor is complex.
+        TypeError: The tensor is complex, and ``ord`` is not 2 or there are bounds.
 
     Example:
         >>> project = project_ball_around_reference(1.0, upper=2.0)

@@ -448,9 +448,9 @@ def test_ball_around_reference_keeps_its_centre_in_float32() -> None:
             "project_ball_around_reference: needs lower <= upper, got lower=1 and upper=0",
         ),
         (
-            lambda: around(gc.project_ball_around_reference(1.0), torch.zeros(1), tensor([1j])),
+            lambda: around(gc.project_ball_around_reference(1.0, ord=inf), torch.zeros(1), tensor([1j])),
             TypeError,
-            "project_ball_around_reference(radius=1.0) acts on real tensors, got torch.complex64",
+            "project_ball_around_reference(radius=1.0, ord=inf) acts on real tensors, got torch.complex64",
         ),
     ],
 )
