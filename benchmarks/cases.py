@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.sides import MakeSide, Ours, adam
@@ -22,6 +23,8 @@ from benchmarks.workloads import (
     one_of_megabytes,
 )
 from gradchain import (
+    Group,
+    State,
     add,
     chain,
     clamp,
@@ -33,6 +36,7 @@ from gradchain import (
     project_nonnegative,
     scale,
     sign,
+    transform,
 )
 
 RADIUS = 1e-4  # less than a step, which is of length lr, so that projections act
@@ -67,6 +71,7 @@ def timed(device: str) -> Iterator[Case]:
         yield Case("no chain", workload, Ours(), "bare step", peers.bare(), 1.03)
     yield from _elementwise(device)
     yield from _norms()
+    yield from _own_functions()
     yield from _rai_toolbox()
     yield from _growth([alike(count, 16, 16) for count in (500, 1000, 2000, 4000)], {"4000 of 16x16": 2.1})
     yield from _growth([one_of_megabytes(size) for size in (1, 4, 16, 64)], {})
@@ -79,9 +84,9 @@ def _elementwise(device: str) -> Iterator[Case]:
         (scale(0.9), peers.scale(0.9, device)),
         (clamp(-1.0, 1.0), peers.clamp(1.0)),
     )
-    for transform, edit in edits:
+    for stage, edit in edits:
         for workload in MODELS:
-            yield Case(repr(transform), workload, Ours(transform), "by hand", peers.by_hand(edit), 1.05)
+            yield Case(repr(stage), workload, Ours(stage), "by hand", peers.by_hand(edit), 1.05)
     for workload in MODELS:
         name = "clip_grad_value_ + step"
         yield Case(repr(clamp(-1.0, 1.0)), workload, Ours(clamp(-1.0, 1.0)), name, peers.clip_grad_value(), 1.05)
@@ -118,6 +123,43 @@ def _norms() -> Iterator[Case]:
         yield Case(
             "clip_by_global_norm(1), Adam", workload, ours, "clip_grad_norm_ + step", peers.clip_grad_norm(), 1.02
         )
+
+
+def soft_sign(tensor: Tensor, group: Group) -> Tensor:
+    """A function of one's own, as in a notebook."""
+    return tensor / (tensor.abs() + 1)
+
+
+def clip(tensor: Tensor, group: Group) -> Tensor:
+    """A function of one's own that acts on a unit."""
+    return tensor / (tensor.norm() / 1.0).clamp_min(1)
+
+
+def _no_average(tensor: Tensor, group: Group, **arguments: object) -> State:
+    return {"average": torch.zeros_like(tensor)}
+
+
+@transform(init=_no_average)
+def sign_momentum(tensor: Tensor, group: Group, state: State, decay: float) -> tuple[Tensor, State]:
+    """A stateful function of one's own."""
+    average = torch.lerp(state["average"], tensor, 1 - decay)
+    return average.sign(), {"average": average}
+
+
+def _own_functions() -> Iterator[Case]:
+    for workload in ALL:
+        yield Case("own soft sign", workload, Ours(soft_sign), "by hand", peers.by_hand(peers.soft_sign), 1.15)
+    for workload in ALL:
+        yield Case("own clip", workload, Ours(clip), "by hand", peers.by_hand(peers.clip_to_unit_norm), 1.15)
+    for workload in ALL:
+        at_most = 1.1 if workload in MODELS else 1.15
+        theirs = peers.by_hand(peers.clip_rows_to_unit_norm)
+        yield Case("own clip, rows", workload, Ours(clip, param_ndim=1), "by hand", theirs, at_most)
+    for workload in MODELS:
+        theirs = peers.by_hand_with_state(peers.sign_momentum(0.9))
+        yield Case("own sign momentum", workload, Ours(sign_momentum(0.9)), "by hand", theirs, 1.2)
+    many = Ours(clip, param_ndim=-1)
+    yield Case("own clip, rows of 2000", MANY, many, "by hand", peers.by_hand(peers.clip_rows_to_unit_norm), 0.5)
 
 
 def _rai_toolbox() -> Iterator[Case]:

@@ -52,6 +52,11 @@ def by_hand(*edits: Edit, inner: MakeOptimizer | None = sgd) -> MakeSide:
     return lambda gradients: TorchSide(gradients, make_step)
 
 
+def by_hand_with_state(make_edit: Callable[[], Edit]) -> MakeSide:
+    """The same with an edit that remembers something, made anew for each side."""
+    return lambda gradients: by_hand(make_edit())(gradients)
+
+
 def scale(factor: float, device: str) -> Edit:
     """Multiply. By a tensor, which costs less than a number that becomes one for each gradient."""
     factor_ = torch.tensor(factor, device=device)
@@ -95,6 +100,41 @@ def normalize_rows(grads: list[Tensor]) -> None:
     else:
         for grad in grads:
             grad.div_(torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min_(TINY))
+
+
+def soft_sign(grads: list[Tensor]) -> None:
+    """Divide each element by its magnitude plus 1."""
+    magnitudes = torch._foreach_abs(grads)
+    torch._foreach_add_(magnitudes, 1)
+    torch._foreach_div_(grads, magnitudes)
+
+
+def clip_rows_to_unit_norm(grads: list[Tensor]) -> None:
+    """Divide each row, along the last dimension, by its norm where that is above 1."""
+    if _better_together(grads, 2**13):
+        norms = [torch.linalg.vector_norm(grad, dim=-1, keepdim=True) for grad in grads]
+        torch._foreach_clamp_min_(norms, 1.0)
+        torch._foreach_div_(grads, norms)
+    else:
+        for grad in grads:
+            grad.div_(torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min_(1.0))
+
+
+def sign_momentum(decay: float) -> Callable[[], Edit]:
+    """The sign of an exponential moving average. What it returns makes an edit with averages of its own."""
+
+    def make_edit() -> Edit:
+        averages: list[Tensor] = []
+
+        def edit(grads: list[Tensor]) -> None:
+            averages.extend(map(torch.zeros_like, grads) if not averages else ())
+            torch._foreach_lerp_(averages, grads, 1 - decay)
+            torch._foreach_copy_(grads, averages)
+            torch._foreach_sign_(grads)
+
+        return edit
+
+    return make_edit
 
 
 def _better_together(grads: list[Tensor], size: int) -> bool:
