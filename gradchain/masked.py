@@ -30,7 +30,8 @@ def masked(transform: Transform, where: Where) -> Combinator:
 
     Raises:
         TypeError: ``where`` is none of these.
-        ValueError: When called: a pattern is given, and the group has no ``"name"``.
+        ValueError: When called: a pattern is given, and the group has no ``"name"``. In an optimizer, at construction:
+            no parameter has a name that matches the pattern.
 
     Example:
         >>> from gradchain import scale
@@ -67,6 +68,8 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
         TypeError: ``transforms`` is no mapping.
         ValueError: Two transforms have the same name, given by ``.named``, and different defaults.
             When called: the group has no such key, or a parameter is of no kind that there is.
+        UserWarning: In an optimizer, at construction: a pattern matches no name, which can be meant, since the same
+            kinds serve several models.
 
     Example:
         >>> from gradchain import scale, sign
