@@ -43,7 +43,8 @@ def masked(transform: Transform, where: Where) -> Combinator:
 
     Raises:
         TypeError: ``where`` is none of these.
-        ValueError: When called: a pattern is given, and the group has no ``"name"``.
+        ValueError: When called: a pattern is given, and the group has no ``"name"``. In an optimizer, at construction:
+            no parameter has a name that matches the pattern.
 
     Example:
         >>> from gradchain import scale
@@ -80,6 +81,8 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
         TypeError: ``transforms`` is no mapping.
         ValueError: Two transforms have the same name, given by ``.named``, and different defaults.
             When called: the group has no such key, or a parameter is of no kind that there is.
+        UserWarning: In an optimizer, at construction: a pattern matches no name, which can be meant, since the same
+            kinds serve several models.
 
     Example:
         >>> from gradchain import scale, sign
@@ -195,7 +198,7 @@ class Masked(Combinator):
         """Whether the transform is for the parameter of ``group``, at least in part."""
         if isinstance(self.where, Tensor):
             return True
-        return fnmatchcase(_read(group, "name", self), self.where) if isinstance(self.where, str) else self.where(group)
+        return matches(_read(group, "name", self), self.where) if isinstance(self.where, str) else self.where(group)
 
     def __repr__(self) -> str:
         where = repr(self.where) if isinstance(self.where, str | Tensor) else show(self.where)
@@ -264,7 +267,7 @@ class Partition(Combinator):
         """Which of the stages is for the parameter of ``group``."""
         value = _read(group, self.by, self)
         for index, kind in enumerate(self.kinds):
-            if fnmatchcase(value, kind) if isinstance(kind, str) and isinstance(value, str) else value == kind:
+            if matches(value, kind) if isinstance(kind, str) and isinstance(value, str) else value == kind:
                 return index
         raise ValueError(
             f'{self!r} has no transform for group["{self.by}"], {value!r}; add one, or "*": chain() for none'
@@ -294,6 +297,15 @@ def _run_some(
         [tensors[i] for i in chosen], [groups[i] for i in chosen], [states[i] for i in chosen]
     )
     return zip(chosen, results, new_states, strict=True)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of names is one of ``name``."""
+    return fnmatchcase(name, pattern)
+
+
+# Or torch.compile would trace what ``fnmatch`` does. Its own decorator, which sets this, takes a second to import.
+matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _read(group: Group, key: str, reader: object) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -40,9 +41,11 @@ class Names:
 
     def of(self, params: Iterable[Tensor]) -> dict[Tensor, str]:
         """The names of those that have one, which a model that is gone may have told before."""
-        models = [model for ref in self._models if (model := ref()) is not None]
-        found = {**self._known, **{param: name for model in models for param, name in named_parameters(model).items()}}
-        self._known = {param: found[param] for param in params if param in found}
+        if self._models and not torch.compiler.is_compiling():
+            found = dict(self._known)
+            for model in filter(None, (ref() for ref in self._models)):
+                found.update(named_parameters(model))
+            self._known = {param: found[param] for param in params if param in found}
         return self._known
 
     def __getstate__(self) -> dict[Tensor, str]:

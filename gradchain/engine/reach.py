@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from gradchain._ranges import as_number
 from gradchain.broadcast import Broadcast, broadcast, sub_ndim
 from gradchain.chain import Chain
 from gradchain.engine.states import Member
-from gradchain.masked import Masked, Partition
+from gradchain.masked import Masked, Partition, matches
 from gradchain.transform import Combinator, Group, Stage, locate
 
 T = TypeVar("T")
@@ -90,7 +89,7 @@ class _Reach:
             self.check(each, slot, [member for member, at in zip(members, kinds, strict=True) if at == index])
 
     def _is_matched(self, pattern: str) -> bool:
-        return not self.names or any(fnmatchcase(name, pattern) for name in self.names)
+        return not self.names or any(matches(name, pattern) for name in self.names)
 
     def _similar(self, pattern: str) -> str:
         """The names that are most like a pattern, in words."""

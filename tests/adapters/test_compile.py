@@ -71,6 +71,19 @@ CHAINS: list[dict[str, Any]] = [
 ]
 
 
+# found: 13
+def test_names_of_a_model_break_no_graph() -> None:
+    model = nn.ParameterList(make_params())
+    chains: dict[str, Any] = {"pre": gc.masked(gc.scale(2.0), "0"), "model": model}
+    bare = breaks(Adam(make_params(), lr=0.1).step)
+    params = [*model.parameters()]
+    optimizer = ParamTransformingOptimizer(params, Adam, lr=0.1, **chains)
+    grads = [None if param.grad is None else param.grad.clone() for param in params]
+    assert breaks(optimizer.step, 1) <= bare
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        assert grad is None or torch.equal(param.grad, grad * (2 if index == 0 else 1))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("chains", CHAINS, ids=str)
 def test_breaks_where_the_inner_optimizer_does(chains: dict[str, Any]) -> None:
     bare = breaks(Adam(make_params(), lr=0.1).step)
