@@ -17,12 +17,15 @@ from gradchain._html import Html, element
 from gradchain._sharding import gather
 from gradchain._units import show_units
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Stage, State, Transform, show
+from gradchain.transform import Group, Stage, State, Transform, beneath, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADER = ("stage", "acts on", "2-norm", "rms", "min", "max", "mean", "zero", "non-finite", "cosine", "changed")
+
+RUNS = "runs"
+"""The name of one more column, the last, of the stages of an optimizer."""
 
 BINS = 50
 
@@ -62,10 +65,10 @@ def explain(
         >>> explanation.rows[-1].max
         0.6000000238418579
     """
-    if state is not None and not isinstance(transform, Chain):
-        state = dict.fromkeys(chain(transform).keys.values(), state)
-    # Copies, since a transform can hold a generator, and what breaks the rules can write to anything.
+    # Copies, since a transform can hold a generator, and a function that is not pure can write to anything.
     stages, state = copy.deepcopy((chain(transform), state))
+    if state is not None and not isinstance(transform, Chain):
+        state = beneath(state, stages.path(0))
     tensor, group = tensor.detach().clone(), dict(group or {})
     record = Record()
     record.start("input", [tensor], [group])
@@ -97,6 +100,8 @@ class Row:
         nonfinite: The share of NaN and infinite elements.
         cosine: Of the angle to the input, with zero for what is not finite.
         changed: The share of elements that the stage has changed; None for an input.
+        runs: How the stage runs in an optimizer: ``"traced"``, or ``"as it is"`` and the reason; None where there is no
+            optimizer, for an input, and for a stage that acts on nothing.
         histogram: Counts and the edges between them, as ``numpy.histogram`` returns them.
     """
 
@@ -112,6 +117,7 @@ class Row:
     cosine: float
     changed: float | None
     histogram: tuple[tuple[int, ...], tuple[float, ...]] = field(repr=False)
+    runs: str | None = None
 
     def cells(self) -> list[str]:
         """The statistics as they print."""
@@ -133,12 +139,16 @@ class Explanation:
         parameters: The same for each parameter of an optimizer.
         number: The number of the parameter, if it is one.
         name: The name of the parameter, if it has one.
+        program: What a step of an optimizer runs, to print: comments that say which stages run how and on how many
+            tensors, and the Python code that was generated for them. Empty where there is no optimizer, and for a
+            single parameter.
     """
 
     rows: tuple[Row, ...]
     parameters: tuple[Explanation, ...] = ()
     number: int | None = None
     name: str | None = None
+    program: str = field(default="", repr=False)
 
     def __getitem__(self, key: int | str) -> Explanation:
         for parameter in self.parameters:
@@ -151,17 +161,25 @@ class Explanation:
 
     def __repr__(self) -> str:
         stages = [row.stage if row.changed is None else f"  {_shorten(row.stage)}" for row in self.rows]
-        rows = [(stage, row.acts_on or "", *row.cells()) for stage, row in zip(stages, self.rows, strict=True)]
-        columns = [list(column) for column in zip(HEADER, *rows, strict=True)]
+        rows = [
+            (stage, row.acts_on or "", *row.cells(), _shorten(row.runs or "", 80))
+            for stage, row in zip(stages, self.rows, strict=True)
+        ]
+        columns = [list(column) for column in zip((*HEADER, RUNS if self._has_plan() else ""), *rows, strict=True)]
         for number, column in enumerate(columns):
             width = max(map(len, column))
-            columns[number] = [cell.ljust(width) if number < 2 else cell.rjust(width) for cell in column]
+            is_text = number < 2 or number == len(HEADER)
+            columns[number] = [cell.ljust(width) if is_text else cell.rjust(width) for cell in column]
         return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
     def _repr_html_(self) -> str:
-        header = element("tr", *(element("th", name, scope="col") for name in HEADER))
-        rows = (element("tr", *_html_cells(row)) for row in self.rows)
+        names = (*HEADER, RUNS) if self._has_plan() else HEADER
+        header = element("tr", *(element("th", name, scope="col") for name in names))
+        rows = (element("tr", *_html_cells(row)[: len(names)]) for row in self.rows)
         return element("table", element("thead", header), element("tbody", *rows))
+
+    def _has_plan(self) -> bool:
+        return any(row.runs is not None for row in self.rows)
 
     def plot(self) -> Figure:
         """Draw the histogram of each row, below one another: how many elements there are, by value.
@@ -210,27 +228,35 @@ class Record:
         self._groups = groups
         self._add(input, None, tensors)
 
-    def note(self, label: str, stage: Stage, tensors: Sequence[Tensor]) -> None:
-        """Note what the next stage, which prints as ``label``, has made of the tensors."""
-        self._add(label, stage, tensors)
+    def note(
+        self, label: str, stage: Stage, tensors: Sequence[Tensor], runs: Sequence[Sequence[str]] | None = None
+    ) -> None:
+        """Note what the next stage, which prints as ``label``, has made of the tensors, and how it runs on each."""
+        self._add(label, stage, tensors, runs)
         self._before = [tensor.clone() for tensor in tensors]
 
-    def _add(self, label: str, stage: Stage | None, tensors: Sequence[Tensor]) -> None:
+    def _add(
+        self, label: str, stage: Stage | None, tensors: Sequence[Tensor], runs: Sequence[Sequence[str]] | None = None
+    ) -> None:
         """Add the row of all tensors, and those of their parameters."""
+        runs = [()] * len(tensors) if runs is None else runs
         triples = zip(tensors, self._inputs, self._before, strict=True)
         parts = [[_measure(*pieces) for pieces in zip(*map(_pieces, triple), strict=True)] for triple in triples]
         whole = [*itertools.chain.from_iterable(parts)]
-        self._rows.append(_make_row(label, _acts_on(stage, tensors, self._groups), tensors, whole))
-        for tensor, own_parts, group in zip(tensors, parts, self._groups, strict=True):
+        row = _make_row(label, _acts_on(stage, tensors, self._groups), tensors, whole)
+        self._rows.append(replace(row, runs=_join(itertools.chain.from_iterable(runs))))
+        for tensor, own_parts, group, own_runs in zip(tensors, parts, self._groups, runs, strict=True):
             if "index" in group and tensor.numel():
                 number = group["index"]
                 known = self._parameters.get(number, Explanation((), (), number, group.get("name")))
                 row = _make_row(label, _acts_on(stage, [tensor], [group]), [tensor], own_parts)
+                row = replace(row, runs=_join(own_runs))
                 self._parameters[number] = replace(known, rows=(*known.rows, row))
 
-    def explanation(self) -> Explanation:
+    def explanation(self, program: str = "") -> Explanation:
         """All that was noted."""
-        return Explanation(tuple(self._rows), tuple(self._parameters[number] for number in sorted(self._parameters)))
+        parameters = tuple(self._parameters[number] for number in sorted(self._parameters))
+        return Explanation(tuple(self._rows), parameters, program=program)
 
 
 class _Part(NamedTuple):
@@ -250,6 +276,10 @@ def _measure(values: Tensor, inputs: Tensor, before: Tensor) -> _Part:
     known = values.masked_select(finite)
     low, high = known.aminmax() if known.numel() else (math.inf, -math.inf)
     return _Part(sums.tolist(), float(low), float(high))
+
+
+def _join(runs: Iterable[str]) -> str | None:
+    return ", ".join(dict.fromkeys(runs)) or None
 
 
 def _acts_on(stage: Stage | None, tensors: Sequence[Tensor], groups: Sequence[Group]) -> str | None:
@@ -324,4 +354,5 @@ def _html_cells(row: Row) -> list[Html]:
     else:
         stage = element("td", element("code", row.stage), style=f"{_LEFT}; padding-left: 2em")
     acts_on = element("td", row.acts_on or "", style=_LEFT)
-    return [stage, acts_on, *(element("td", cell, style="text-align: right") for cell in row.cells())]
+    cells = (element("td", cell, style="text-align: right") for cell in row.cells())
+    return [stage, acts_on, *cells, element("td", row.runs or "", style=_LEFT)]

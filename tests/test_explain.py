@@ -49,6 +49,7 @@ from gradchain import (
     zero_nonfinite,
 )
 from gradchain._html import element, show_chain, show_optimizer
+from gradchain.engine.blocks import Programs
 from gradchain.explain import HEADER, Row, explain
 
 matplotlib.use("Agg")
@@ -662,6 +663,81 @@ def test_what_is_not_transformed_is_shown_too() -> None:
     assert optimizer.explain()["1.weight"].rows[0].norm == pytest.approx(0.1 * math.sqrt(8))
     assert optimizer.explain()["1.weight"].rows[1].changed == 0
     assert optimizer.explain()["0.weight"].rows[1].zero == 1
+
+
+def test_how_stages_run() -> None:
+    options = {"factor": 2.0}
+
+    def reads_a_value(tensor: Tensor, group: Group) -> Tensor:
+        return tensor if tensor.sum() > 0 else tensor * 2
+
+    def reads_a_dict(tensor: Tensor, group: Group) -> Tensor:
+        return tensor * options["factor"]
+
+    def halve(tensor: Tensor, group: Group) -> Tensor:
+        return tensor / 2
+
+    pre = chain(halve, clip_by_global_norm(1.0), reads_a_value, masked(reads_a_dict, "1.*"), ema(0.9))
+    _, optimizer = make(
+        pre=pre, param_ndim=None, post=masked(chain(sign(), clip_by_global_norm(1.0)), torch.tensor(True))
+    )
+    explanation = optimizer.explain()
+    value = f"as it is: reads a value (line {reads_a_value.__code__.co_firstlineno + 1})"
+    names = "as it is: reads options, a dict, which can change without notice"
+    joint = "as it is: measures all together"
+    ways = [None, "traced", "measures all, traced", value, names, "traced", None, joint]
+    assert [row.runs for row in explanation.rows] == ways
+    assert [row.runs for row in explanation["1.bias"].rows] == ways
+    assert [row.runs for row in explanation["0.bias"].rows] == [*ways[:4], None, *ways[5:]]
+    assert [line.rpartition("  ")[2] for line in repr(explanation).splitlines()[2:7]] == ways[1:6]
+    shown = texts(explanation._repr_html_())
+    assert [text for text in shown if text in {"runs", *ways}] == ["runs", *filter(None, ways)]
+
+
+def test_the_program_is_what_runs() -> None:
+    def reads_a_value(tensor: Tensor, group: Group) -> Tensor:
+        return tensor if tensor.sum() > 0 else tensor * 2
+
+    pre = chain(clip_by_global_norm(1.0), ema(0.9), reads_a_value, masked(sign(), "1.*"))
+    model, optimizer = make(pre=pre, update=scale(0.5), param_ndim=None)
+    lines = optimizer.explain().program.splitlines()
+    assert [line for line in lines if line.startswith(("# pre", "# update", "# post"))] == [
+        "# pre: stage 0, broadcast(clip_by_global_norm(max_norm=1.0)): measures 4 tensors",
+        "# pre: stage 0, broadcast(clip_by_global_norm(max_norm=1.0)); stage 1, broadcast(ema(decay=0.9)): "
+        "traced, 4 tensors in 1 program",
+        "# pre: stage 2, broadcast(reads_a_value): as it is, 4 tensors: reads a value "
+        f"(line {reads_a_value.__code__.co_firstlineno + 1})",
+        "# pre: stage 3, masked(broadcast(sign()), '1.*'): traced, 2 tensors in 1 program",
+        "# update: stage 0, broadcast(scale(factor=0.5)): traced, 4 tensors in 1 program",
+    ]
+    optimizer.step()
+    backward(model)
+    programs = "\n".join(line for line in optimizer.explain().program.splitlines() if not line.startswith("#"))
+    optimizer.step()
+    plans = optimizer._engine._plans
+    assert plans is not None
+    operations = [operation for plan in plans.of.values() for operation in plan.operations]
+    blocks = [block for each in operations if isinstance(each, Programs) for block in each.blocks]
+    assert programs + "\n" == "".join(dict.fromkeys(block.program.source for block in blocks))
+
+
+def test_the_program_says_how_tensors_go_through_it() -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in [*[(4, 4)] * 5, (3, 5), (6,), (2**8, 2**10), (2**10, 2**10)]]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    pre = chain(lambda tensor, group: tensor.cosh().tanh() / 2)
+    lines = ParamTransformingOptimizer(params, pre=pre, param_ndim=None).explain().program.splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# pre: stage 0, broadcast(<lambda>): traced, 9 tensors in 2 programs",
+        "# for 5 tensors stacked, 1 tensor in pieces, 1 tensor one by one",
+        "# for 2 tensors in lists",
+    ]
+
+
+def test_by_hand_there_is_no_program() -> None:
+    explanation = explain(sign(), torch.ones(2))
+    assert explanation.program == ""
+    assert [row.runs for row in explanation.rows] == [None, None]
 
 
 def test_without_chains_there_are_no_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
 from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
+from gradchain.engine.plan import Plan
 from gradchain.engine.step import Engine, Step, is_rehearsal
 from gradchain.explain import Explanation, Record, forked_rng
 from gradchain.transform import Group, locate, show
@@ -24,7 +26,7 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
 
     The plan that trains runs on the very parameters, and on copies of the gradients and states; then all is as before.
     """
-    owner, record = engine.owner, Record()
+    owner, record, program = engine.owner, Record(), ""
     states, params = engine.follow(), engine.roster.params
     grads = [param.grad for param in params]
     with forked_rng(params), preserved([owner, owner.inner_opt], apart=[engine, *states.by_param.values()]):
@@ -33,19 +35,27 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
                 param.grad = None if grad is None else grad.detach().clone()
             complete_groups(owner.param_groups, defaults)
             if not is_rehearsal(owner.param_groups):
-                _TrialStep(Engine(owner, states.copy(), engine.numbered, engine.names, fused=False), record).make()
+                plans = Step(Engine(owner, states.copy(), engine.numbered, engine.names)).plans or {}
+                program = "\n".join(plan.listing() for plan in plans.values())
+                trial = Engine(owner, states.copy(), engine.numbered, engine.names, fused=False)
+                _TrialStep(trial, plans, record).make()
         except SkippedStep:
             pass
         finally:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
-    return record.explanation()
+    return record.explanation(program)
 
 
 class _TrialStep(Step):
-    """A step that goes through each slot stage by stage."""
+    """A step that goes through each slot stage by stage.
 
-    def __init__(self, engine: Engine, record: Record) -> None:
+    Args:
+        fused: The plans that train, in which stages share programs, by slot.
+    """
+
+    def __init__(self, engine: Engine, fused: Mapping[str, Plan], record: Record) -> None:
+        self.fused = fused
         self.record = record
         super().__init__(engine)
 
@@ -69,19 +79,22 @@ class _TrialStep(Step):
         if plan is None:
             return
         chain: Chain = getattr(self.owner, slot)
+        stages = self.engine.stage(slot)
         shown = self._shown(slot, tensors, context, plan.touched)
         if not shown:
             return
         members = [self.roster.members[i] for i in shown]
         work = Pass(tensors, context, keeps_states=False)
         self.record.start(INPUTS[slot], list(shown.values()), [member.context(slot) for member in members])
-        for index, (member, stage) in enumerate(zip(chain, self.engine.stage(slot).stages, strict=True)):
+        for index, (member, stage) in enumerate(zip(chain, stages.stages, strict=True)):
+            place = stages.place(index)
+            ways = [self.fused[slot].ways(place, number) for number in shown]
             try:
-                plan.run_stage(chain.place(index), work)
+                plan.run_stage(place, work)
             except SkippedStep:
-                self.record.note(show(member), stage, [torch.zeros_like(tensor) for tensor in shown.values()])
+                self.record.note(show(member), stage, [torch.zeros_like(tensor) for tensor in shown.values()], ways)
                 raise
-            self.record.note(show(member), stage, list(shown.values()))
+            self.record.note(show(member), stage, list(shown.values()), ways)
 
     def _shown(
         self, slot: str, tensors: list[Any], context: dict[str, list[Any]], touched: list[int]

@@ -394,6 +394,9 @@ class ParamTransformingOptimizer(Optimizer):
         must be one that makes it without a closure. Step hooks do not run. With a ``GradScaler``, call ``unscale_``
         before. A slot without transforms has no rows.
 
+        The column ``runs`` says whether a stage was traced, and so runs as generated code, or runs as it is, and why.
+        ``print(optimizer.explain().program)`` shows that code.
+
         Returns:
             An ``Explanation``; ``explanation["fc.weight"]``, or ``explanation[0]``, is that of one parameter.
 
@@ -403,9 +406,9 @@ class ParamTransformingOptimizer(Optimizer):
             >>> optim = ParamTransformingOptimizer([x], pre=normalize(), param_ndim=None, lr=1.0)
             >>> x.square().sum().backward()
             >>> optim.explain()
-            stage          acts on           2-norm     rms  min  max  mean  zero  non-finite  cosine  changed
+            stage          acts on           2-norm     rms  min  max  mean  zero  non-finite  cosine  changed  runs
             gradient                             10   7.071    6    8     7    0%          0%       1
-              normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%
+              normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%  traced
         """
         return explain_step(self._engine, self._own_defaults)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
-from gradchain.engine.operations import Item, Operation, Pass, View
+from gradchain.engine.operations import Item, Operation, Pass, View, count
 from gradchain.engine.program import FOREACH, KINDS, RENAMED, VIEWS, Program, signature, write
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
@@ -72,9 +72,27 @@ class Programs(Operation):
     def holds(self) -> bool:
         return all(holds() for holds in self.depends)
 
+    @property
+    def how(self) -> str:
+        return "traced"
+
     def describe(self) -> str:
-        count, programs = len(self.numbers), len({block.program for block in self.blocks})
-        return f"traced, {count} tensor{'s'[: count != 1]} in {programs} program{'s'[: programs != 1]}"
+        programs = len(self._users())
+        return f"{super().describe()} in {programs} program{'s'[: programs != 1]}"
+
+    def listing(self) -> list[str]:
+        lines = super().listing()
+        for source, ways in self._users().items():
+            lines.append(f"# for {', '.join(f'{count(numbers)} {way}' for way, numbers in ways.items())}")
+            lines += source.splitlines()
+        return lines
+
+    def _users(self) -> dict[str, dict[str, list[int]]]:
+        """The code of each program, and the tensors that go through it, by the way they do."""
+        users: dict[str, dict[str, list[int]]] = {}
+        for block in self.blocks:
+            users.setdefault(block.program.source, {}).setdefault(block.way, []).extend(block.numbers)
+        return users
 
     def _parts_of(self, number: int) -> tuple[int, ...]:
         return tuple(index for index, part in enumerate(self.parts) if number in part.numbers)
@@ -215,6 +233,11 @@ class Block:
         self.states = [i for i, name in enumerate(program.inputs) if name.startswith(STATE)]
         self.constants = program.constants(traces)
 
+    @property
+    def way(self) -> str:
+        """How tensors go through the program, in words."""
+        return "one by one" if self.program.single else "in lists"
+
     def takes_one(self, name: str) -> bool:
         """Whether the input ``name`` is a tensor, and not a list of them."""
         return self.program.single
@@ -245,6 +268,10 @@ class Block:
 class Pieces(Block):
     """A large tensor that goes through a program piece by piece, so that a piece stays in the cache."""
 
+    @property
+    def way(self) -> str:
+        return "in pieces"
+
     def call(self, given: list[Any]) -> None:
         length = BLOCK_BYTES // given[0].element_size()
         flat = [
@@ -265,6 +292,10 @@ class Stacked(Block):
     def __init__(self, owner: Programs, program: Program, numbers: Sequence[int], traces: Sequence[Trace]) -> None:
         super().__init__(owner, program, numbers, traces)
         self.buffers = owner.buffers
+
+    @property
+    def way(self) -> str:
+        return "stacked"
 
     def takes_one(self, name: str) -> bool:
         return not _is_of_each(name)

@@ -95,9 +95,19 @@ class Operation(ABC):
     def run(self, work: Pass) -> None:
         """Transform the tensors in place."""
 
+    @property
     @abstractmethod
+    def how(self) -> str:
+        """How it runs, in a few words."""
+
     def describe(self) -> str:
-        """How it runs, in words."""
+        """How it runs, and on how many tensors."""
+        return f"{self.how}, {count(self.numbers)}"
+
+    def listing(self) -> list[str]:
+        """What runs, as lines of comments and of code."""
+        places = "; ".join(": ".join(part.places) for part in self.parts)
+        return [" ".join(f"# {self.slot}: {places}: {self.describe()}".split())]
 
     def holds(self) -> bool:
         """Whether what it depends on besides the tensors is as it was."""
@@ -159,8 +169,12 @@ class AsItIs(Operation):
             # A result that is a view of the tensor, such as its transpose, must be read before.
             tensor.copy_(result.clone() if _storage(result) == _storage(tensor) else result)
 
-    def describe(self) -> str:
+    @property
+    def how(self) -> str:
         return f"as it is: {self.reason}"
+
+    def describe(self) -> str:
+        return f"as it is, {count(self.numbers)}: {self.reason}"
 
 
 class Measure(Operation):
@@ -205,8 +219,12 @@ class Measure(Operation):
             raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
 
+    @property
+    def how(self) -> str:
+        return "measures all"
+
     def describe(self) -> str:
-        return f"measures {len(self.acting)} tensors"
+        return f"measures {count(self.acting)}"
 
 
 class Jointly(Operation):
@@ -244,8 +262,17 @@ class Jointly(Operation):
             if result is not tensor and tensor.numel():
                 put(result, work.tensors[number])
 
+    @property
+    def how(self) -> str:
+        return "as it is: measures all together"
+
     def describe(self) -> str:
-        return "as it is, on all tensors together: it measures them"
+        return f"as it is, {count(self.numbers)} together: measures them"
+
+
+def count(numbers: Sequence[int]) -> str:
+    """How many tensors there are, in words."""
+    return f"{len(numbers)} tensor{'s'[: len(numbers) != 1]}"
 
 
 def put(result: Tensor, tensor: Any) -> None:

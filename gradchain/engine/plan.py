@@ -104,6 +104,18 @@ class Plan:
         self.has_run = True
         return work
 
+    def ways(self, place: str, number: int) -> list[str]:
+        """How the stage of the chain that is at ``place`` runs on a tensor, in a few words."""
+        return [
+            operation.how
+            for operation in self.operations
+            if any(part.places[0] == place and number in part.numbers for part in operation.parts)
+        ]
+
+    def listing(self) -> str:
+        """What runs, as comments and code."""
+        return "\n".join(line for operation in self.operations for line in operation.listing())
+
     def run_stage(self, place: str, work: Pass) -> None:
         """Run the stage of the chain that is at ``place``, if stages are not fused."""
         for operation in self.operations:
