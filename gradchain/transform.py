@@ -32,7 +32,7 @@ In the state of a chain, the keys begin with the names of the transforms: ``"ema
 
 CONTEXT = ("param", "grad")
 
-GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot", "dim"})
+GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot"})
 GIVEN |= {"param_ndim", "grad_scale", "grad_bias"}
 """Keys to which adapters give a meaning, so that no hyperparameter can have them."""
 
@@ -72,12 +72,12 @@ class TransformFactory(Protocol[P]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
 
-    def check(self, rule: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``rule(**arguments)``, which raises where arguments that are each in range do not fit together."""
+    def check(self, function: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``function(**arguments)``, which raises where arguments that are each in range do not fit together."""
         ...
 
-    def on_skip(self, rule: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``rule(state, **arguments)``, called when the transform has called a step off; it may raise."""
+    def on_skip(self, function: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``function(state, **arguments)``, called when the transform has called a step off; it may raise."""
         ...
 
 
@@ -461,7 +461,7 @@ class BoundTransform(Each):
         return [self.definition.function]
 
     def after_skip(self, state: State) -> None:
-        """Call the rule that was registered with ``on_skip``."""
+        """Call the function that was registered with ``on_skip``."""
         if state:  # or the parameter is not selected
             self.definition.after_skip(state, **self.arguments)
 
@@ -715,13 +715,13 @@ class _Definition:
             self.validate(arguments, self.name, {})
             return BoundTransform(self, arguments, self.name)
 
-        def register_check(rule: Callable[..., None]) -> Callable[..., None]:
-            self.check = rule
-            return rule
+        def register_check(check: Callable[..., None]) -> Callable[..., None]:
+            self.check = check
+            return check
 
-        def register_after_skip(rule: Callable[..., None]) -> Callable[..., None]:
-            self.after_skip = rule
-            return rule
+        def register_after_skip(after_skip: Callable[..., None]) -> Callable[..., None]:
+            self.after_skip = after_skip
+            return after_skip
 
         factory.__signature__ = self.signature  # type: ignore[attr-defined]
         factory.check = register_check  # type: ignore[attr-defined]
