@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
 from gradchain.engine.operations import Item, Operation, Pass, View, count
-from gradchain.engine.program import FOREACH, KINDS, RENAMED, VIEWS, Program, signature, write
+from gradchain.engine.program import Program, signature, write
+from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
     ABSENT,
@@ -27,6 +28,7 @@ from gradchain.engine.traced import (
     kind_of,
     trace_stages,
 )
+from gradchain.engine.writer import KINDS
 from gradchain.transform import Part
 
 BLOCK_BYTES = 2**21
