@@ -29,7 +29,7 @@ from gradchain.engine.traced import (
     trace_stages,
 )
 from gradchain.engine.writer import KINDS
-from gradchain.transform import Part
+from gradchain.stage import Part
 
 BLOCK_BYTES = 2**21
 """Tensors go through a program in blocks of about this size, which stay in the cache from one line to the next.
