@@ -14,15 +14,8 @@ from torch.testing import assert_close
 
 from gradchain.broadcast import Broadcast, broadcast, to_batch
 from gradchain.chain import chain
-from gradchain.transform import (
-    CONTEXT,
-    FROM_GROUP,
-    Group,
-    Transform,
-    as_stage,
-    require_transform,
-    show,
-)
+from gradchain.contract import CONTEXT, FROM_GROUP, Group, Transform, show
+from gradchain.stage import as_stage, require_transform
 
 __all__ = ["check_projection", "check_transform"]
 

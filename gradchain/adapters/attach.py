@@ -20,6 +20,7 @@ from gradchain._units import print_slots
 from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
+from gradchain.contract import Group, Transform, is_same
 from gradchain.engine.groups import (
     ATTACHED,
     check_group,
@@ -36,7 +37,7 @@ from gradchain.engine.reach import check_reach
 from gradchain.engine.states import KEY, Member, Roster, TransformStates
 from gradchain.engine.step import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, below, beneath, is_same
+from gradchain.stage import below, beneath
 
 UNSCALES = "_step_supports_amp_scaling"
 """The attribute by which a ``GradScaler`` knows that a step unscales gradients."""

@@ -18,6 +18,7 @@ from gradchain._units import print_slots
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
+from gradchain.contract import Group, Transform, is_same
 from gradchain.engine.groups import (
     Params,
     check_group,
@@ -36,7 +37,6 @@ from gradchain.engine.reach import check_reach
 from gradchain.engine.states import Member, Roster, TransformStates
 from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal, rescales
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, is_same
 
 
 class ParamTransformingOptimizer(Optimizer):

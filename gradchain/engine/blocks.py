@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
 from gradchain.engine.operations import Item, Operation, Pass, View, count
-from gradchain.engine.program import FOREACH, KINDS, RENAMED, VIEWS, Program, signature, write
+from gradchain.engine.program import Program, signature, write
+from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
     ABSENT,
@@ -27,7 +28,8 @@ from gradchain.engine.traced import (
     kind_of,
     trace_stages,
 )
-from gradchain.transform import Part
+from gradchain.engine.writer import KINDS
+from gradchain.stage import Part
 
 BLOCK_BYTES = 2**21
 """Tensors go through a program in blocks of about this size, which stay in the cache from one line to the next.

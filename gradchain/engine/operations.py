@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
+from gradchain.contract import CONTEXT, PLACE, Group, State, locate
 from gradchain.engine.trace import without_data
-from gradchain.transform import CONTEXT, PLACE, Group, Part, Stage, State, locate
+from gradchain.stage import Part, Stage
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""

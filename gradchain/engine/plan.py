@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import has_whole_units, is_distributed, is_placed_like
+from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
 from gradchain.engine.operations import AsItIs, Item, Jointly, Measure, Operation, Pass, View, raise_located
 from gradchain.engine.traced import ABSENT, NotedGroup, UntracedStage, is_same_value, trace_stages
-from gradchain.transform import Group, Part, Stage, locate
+from gradchain.stage import Part, Stage
 
 
 class Plan:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from gradchain._sharding import gather_anew
 from gradchain.chain import Chain
+from gradchain.contract import Group, State, locate, show
 from gradchain.engine.groups import describe
 from gradchain.engine.names import Names
 from gradchain.engine.operations import own
-from gradchain.transform import Group, Stage, State, below, beneath, locate, show
+from gradchain.stage import Stage, below, beneath
 
 ByParam: TypeAlias = dict[Tensor, State]
 

@@ -21,6 +21,7 @@ from gradchain._sharding import gather, is_distributed, local
 from gradchain._units import list_stages
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
+from gradchain.contract import Group, locate
 from gradchain.engine.groups import (
     check_group,
     check_support,
@@ -37,7 +38,6 @@ from gradchain.engine.operations import Item, Pass, SkippedStep
 from gradchain.engine.plan import Plan, needs_dense
 from gradchain.engine.reach import check_reach
 from gradchain.engine.states import SLOTS, Member, Roster, Tensors, TransformStates
-from gradchain.transform import Group, locate
 
 T = TypeVar("T")
 

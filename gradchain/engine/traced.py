@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._sharding import local_part
+from gradchain.contract import Group, compute_dtype, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
-from gradchain.transform import Group, Part, compute_dtype, show
+from gradchain.stage import Part
 
 if TYPE_CHECKING:
     from gradchain.engine.operations import Item, View

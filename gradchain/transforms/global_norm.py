@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradchain._norms import norm, norms
 from gradchain._sharding import by_kind, collect, is_distributed, local
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, shorten
 
 

@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.transform import Group, State, compute_dtype, transform
+from gradchain.contract import Group, State, compute_dtype
+from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, inner, shorten
 
 

@@ -27,7 +27,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from gradchain._sharding import by_kind, collect, is_distributed, local
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 from gradchain.transforms.global_norm import measure_global_norm
 
 

@@ -1,0 +1,71 @@
+"""What is known of torch's operations: which are fast in which form. It holds for the operations of any function."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FOREACH = frozenset(
+    "abs neg exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal sign sigmoid tanh tan sin cos sinh cosh asin acos atan erf "
+    "erfc lgamma floor ceil round trunc frac add sub mul div pow maximum minimum clamp_min clamp_max lerp addcmul "
+    "addcdiv".split()
+)
+"""Operations that ``torch._foreach_*`` has for lists, in place too."""
+
+COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
+
+VIEWS = frozenset("view _unsafe_view unsqueeze squeeze expand select slice permute transpose t alias diagonal".split())
+"""Operations whose result is in the memory of their first argument."""
+
+NUMBERS = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "rsub": "{1} - {0}",
+    "mul": "{0} * {1}",
+    "div": "divide({0}, {1})",
+    "pow": "power({0}, {1})",
+    "neg": "-{0}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "clamp_min": "max({0}, {1})",
+    "clamp_max": "min({0}, {1})",
+    "reciprocal": "divide(1, {0})",
+    "_to_copy": "{0}",
+    "scalar_tensor": "{0}",
+}
+"""Operations on plain numbers, such as a hyperparameter, which Python does."""
+
+TAKES_NUMBERS = frozenset({"where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_or", "bitwise_and"})
+"""Functions of torch that take a number in place of a tensor, unlike the operation of the same name."""
+
+RENAMED = {"sgn": "sign", "linalg_vector_norm": "norm"}
+"""Operations that have another name in ``torch._foreach_*`` or in the generated code."""
+
+WORTH_A_RECIPROCAL = 2**14
+"""From this size on, a product with reciprocals is faster than a quotient, if there are few of them."""
+
+
+def divide(a: Any, b: Any) -> Any:
+    """``a / b``, by zero too, as torch does it."""
+    return _as_torch_does(operator.truediv, a, b)
+
+
+def power(a: Any, b: Any) -> Any:
+    """``a ** b``, NaN where it is no real number, as torch does it."""
+    return _as_torch_does(math.pow, a, b)
+
+
+def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    try:
+        return function(a, b)
+    except (ArithmeticError, ValueError):  # a program must not raise when it has begun to write
+        same = torch.pow if function is math.pow else torch.div
+        return float(same(torch.tensor(float(a), dtype=torch.float64), b))

@@ -1,0 +1,438 @@
+"""Write the code of a program, call after call, in the fastest form of each operation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from gradchain._norms import is_long, norm, norms
+from gradchain.engine.table import (
+    COMMUTATIVE,
+    FOREACH,
+    NUMBERS,
+    RENAMED,
+    TAKES_NUMBERS,
+    VIEWS,
+    WORTH_A_RECIPROCAL,
+    divide,
+    power,
+)
+from gradchain.engine.trace import CONSTANT, DEVICE, TENSOR, Call, Ref, Trace
+
+
+class Kind(IntEnum):
+    """What a name in the generated code stands for."""
+
+    NUMBER = 0
+    """A Python number."""
+    SHARED = 1
+    """A tensor that is the same for all tensors of the program."""
+    STACK = 2
+    """A number for each tensor of the program, in one tensor."""
+    EACH = 3
+    """A list with a tensor for each tensor of the program; just that tensor in a program for a single one."""
+
+
+KINDS = {"number:": Kind.NUMBER, "value:": Kind.SHARED, "view:": Kind.SHARED, CONSTANT: Kind.SHARED}
+"""The inputs that are not one for each tensor, by the beginning of their names."""
+
+
+def _is_long_norm(trace: Trace, index: int) -> bool:
+    call = trace.calls[index]
+    shape = trace.forms[call.args[0].number][0]
+    ord, dims = (*call.args[1:], *(2.0, None)[len(call.args) - 1 :])[:2]
+    size = math.prod(shape[d] for d in (range(len(shape)) if dims is None else dims))
+    return isinstance(ord, int | float) and is_long(size, float(ord))
+
+
+class Writer:
+    """Writes the lines of a program, call after call, and keeps track of which memory can be overwritten."""
+
+    def __init__(self, traces: Sequence[Trace], device: torch.device, *, single: bool) -> None:
+        self.traces = traces
+        self.trace = traces[0]
+        self.single = single
+        self.lines: list[str] = []
+        self.functions = SimpleNamespace()
+        constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
+        constants |= {"divide": divide, "power": power}
+        self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
+        self.differing: list[Callable[[Trace], Any]] = []
+        inputs = self.trace.inputs
+        self.kinds = {
+            number: next((kind for start, kind in KINDS.items() if name.startswith(start)), Kind.EACH)
+            for name, number in inputs.items()
+        }
+        self.names: dict[int, str] = {}
+        for input_name, number in inputs.items():
+            self.names[number] = self._new_name(re.sub(r"\W", "_", input_name.rpartition(":")[2]))
+        self.parameters = list(self.names.values())
+        self.memory = {number: number for number in inputs.values()}
+        """Of each value, the value in whose memory it is."""
+        self.last_use = {n: index for index, call in enumerate(self.trace.calls) for n in call.references()}
+        small = [call for call in self.trace.calls if call.is_pointwise and self._shape(call.results[0]) == ()]
+        self.stacks = not single and len(small) > 2
+        """Whether to stack what is a number for each tensor, since several operations on it follow."""
+        self.numbers: set[int] = set()
+        """The values that are lists of plain numbers."""
+        self.homes = {inputs[name]: number for name, number in self.trace.outputs.items()}
+        """The inputs that are to be overwritten, each with the value that it gets."""
+        self.unwritten = dict(self.homes)
+
+    def write(self) -> tuple[str, Callable[..., None]]:
+        """The source of the program, and its function."""
+        stage = ""
+        for index, call in enumerate(self.trace.calls):
+            if call.stage != stage:
+                stage = call.stage
+                self.lines.append(f"# {stage}")
+            self._write_call(index, call)
+            self._write_results(index)
+        self._write_results(len(self.trace.calls))
+        if self.unwritten:  # a circle, such as two tensors that change places
+            before = {value: f"{self.names[value]}_before" for value in self.unwritten.values()}
+            for value, text in before.items():
+                old = self.names[value]
+                self.lines.append(
+                    f"{text} = {f'{old}.clone()' if self.single else f'[each.clone() for each in {old}]'}"
+                )
+            for home, value in self.unwritten.items():
+                self._copy(self.names[home], before[value], Kind.EACH)
+        parameters = [*self.parameters, *(f"c{i}" for i in range(len(self.differing)))]
+        code = [line for line in self.lines if not line.startswith("#")]
+        body = "\n    ".join(self.lines if code else [*self.lines, "pass"])
+        source = f"def program({', '.join(parameters)}):\n    {body}\n"
+        exec(source, self.globals)
+        return source, self.globals["program"]
+
+    # Names, arguments and memory
+
+    def _new_name(self, base: str) -> str:
+        name, count = base if base.isidentifier() else f"x_{base}", 1
+        taken = {*self.names.values(), *self.globals}
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        return name
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return self.trace.forms[number][0]
+
+    def _is_dead(self, number: int, index: int) -> bool:
+        """Whether the memory of a value can be overwritten after the call at ``index`` has read it."""
+        home = self.memory[number]
+        if home in self.trace.inputs.values() and home not in self.homes:
+            return False
+        in_use = self.unwritten.values()
+        waiting = self.unwritten.get(home)
+        if waiting in self.names and self.memory[waiting] != home:
+            return False  # what belongs here is known, and is put here next
+        same = [each for each, memory in self.memory.items() if memory == home]
+        return all(self.last_use.get(each, -1) <= index and each not in in_use for each in same)
+
+    def _argument(self, find: Callable[[Trace], Any]) -> tuple[str, Kind]:
+        """The expression of an argument."""
+        leaf = find(self.trace)
+        if isinstance(leaf, Ref):
+            return self.names[leaf.number], self.kinds[leaf.number]
+        if any(find(trace) != leaf for trace in self.traces):
+            self.differing.append(find)
+            return f"c{len(self.differing) - 1}", Kind.EACH
+        return self._literal(leaf), Kind.NUMBER
+
+    def _literal(self, value: Any) -> str:
+        if value is DEVICE:
+            return "device"
+        if value is None or isinstance(value, int | float | str):
+            return repr(value)
+        if isinstance(value, tuple) and not any(isinstance(each, Ref) for each in value):
+            return f"[{', '.join(map(self._literal, value))}]"
+        if isinstance(value, tuple):
+            return f"[{', '.join(self.names[e.number] if isinstance(e, Ref) else self._literal(e) for e in value)}]"
+        if str(value).startswith("torch."):  # a dtype, a layout or a memory format
+            return str(value)
+        raise AssertionError(f"no literal for {value!r}")
+
+    # One call
+
+    def _write_call(self, index: int, call: Call) -> None:
+        result = call.results[0]
+        name = RENAMED.get(call.name, call.name)
+        arguments = [self._argument(lambda trace, i=i: trace.calls[index].args[i]) for i in range(len(call.args))]
+        options = {key: self._argument(lambda trace, k=key: trace.calls[index].kwargs[k]) for key in call.kwargs}
+        kind = max([k for _, k in (*arguments, *options.values())], default=Kind.NUMBER)
+        self.memory[result] = result
+        if call.name in VIEWS and kind >= Kind.SHARED:
+            self.memory[result] = self.memory[call.args[0].number]
+        leaf = call.args[0] if call.args else None
+        if call.name == "_to_copy" and not (isinstance(leaf, Ref) and leaf.number not in self.numbers):
+            self.names[result], self.kinds[result] = arguments[0]  # a number, or one for each tensor
+            self.numbers.add(result)
+        elif kind is Kind.NUMBER and call.name in NUMBERS:
+            self.kinds[result] = Kind.NUMBER
+            texts = (text if text.isidentifier() or text[0].isdigit() else f"({text})" for text, _ in arguments)
+            self.names[result] = NUMBERS[call.name].format(*texts)
+        elif kind is Kind.STACK and not (call.is_pointwise and len(call.results) == 1):
+            self._write_generic(index, call, name, arguments, options, Kind.EACH)
+        elif kind is not Kind.EACH or self.single:
+            self._write_single(index, call, name, arguments, options, max(kind, Kind.SHARED))
+        else:
+            self._write_list(index, call, name, arguments, options)
+
+    def _target(self, index: int, call: Call, arguments: Sequence[tuple[str, Kind]]) -> int | None:
+        """The position of an argument that the result can overwrite."""
+        form = self.trace.forms[call.results[0]]
+        for position in range(len(arguments)) if call.is_pointwise else ():
+            leaf = call.args[position]
+            if (
+                isinstance(leaf, Ref)
+                and self.kinds[leaf.number] is Kind.EACH
+                and self.trace.forms[leaf.number] == form
+                and self._is_dead(leaf.number, index)
+                and all(self.memory[n] != self.memory[leaf.number] for n in call.references() if n != leaf.number)
+            ):
+                return position
+        return None
+
+    def _spare(self, index: int, call: Call) -> str | None:
+        """The name of an input whose memory is free for the result."""
+        for home in self.homes:
+            if (
+                home in self.unwritten
+                and self.kinds[home] is Kind.EACH
+                and self.trace.forms[home] == self.trace.forms[call.results[0]]
+                and self._is_dead(home, index)
+                and call.is_pointwise
+                and all(self.memory[n] != home or (self.single and n == home) for n in call.references())
+            ):
+                return self.names[home]
+        return None
+
+    def _take(self, result: int, text: str, memory: int) -> None:
+        self.kinds[result], self.names[result], self.memory[result] = Kind.EACH, text, self.memory[memory]
+
+    def _use_reciprocal(self, index: int, call: Call, name: str, texts: list[str], kind: Kind) -> str:
+        """Make a quotient a product where that is faster; the name of the operation."""
+        if name != "div" or call.kwargs or not isinstance(call.args[1], Ref) or kind < Kind.SHARED:
+            return name
+        divisor, size = call.args[1].number, math.prod(self._shape(call.results[0]))
+        few = max(1, math.prod(self._shape(divisor)))
+        if size < max(WORTH_A_RECIPROCAL if kind is Kind.EACH else 0, 64 * few) and kind is not Kind.STACK:
+            return name
+        if kind is Kind.STACK or kind is Kind.SHARED or self.single:
+            texts[1] = f"{texts[1]}.reciprocal()"
+        else:
+            texts[1] = f"torch._foreach_reciprocal({texts[1]})"
+        return "mul"
+
+    def _write_single(
+        self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any], kind: Kind
+    ) -> None:
+        """A call on tensors, not lists."""
+        result, texts = call.results[0], [text for text, _ in arguments]
+        if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
+            name = self._use_reciprocal(index, call, name, texts, arguments[1][1])
+        position = self._target(index, call, arguments) if kind is Kind.EACH and not options else None
+        has_method = name in FOREACH or name == "clamp"
+        if position is not None and has_method and (position == 0 or name in COMMUTATIVE):
+            others = [text for place, text in enumerate(texts) if place != position]
+            in_place = f"{texts[position]}.{name}_({', '.join(others)})"
+            has_none = name in ("maximum", "minimum")  # of which torch has no form in place
+            self.lines.append(f"torch.{name}({', '.join(texts)}, out={texts[position]})" if has_none else in_place)
+            self._take(result, texts[position], call.args[position].number)
+            return
+        self.kinds[result] = kind
+        if has_method:
+            given = [*texts, *(f"{key}={text}" for key, (text, _) in options.items())]
+            spare = self._spare(index, call) if kind is Kind.EACH else None
+            if spare is not None:
+                self.lines.append(f"torch.{name}({', '.join([*given, f'out={spare}'])})")
+                home = next(n for n in self.homes if self.names[n] == spare)
+                self._take(result, spare, home)
+                return
+            self.names[result] = self._new_name(name)
+            self.lines.append(f"{self.names[result]} = torch.{name}({', '.join(given)})")
+        else:
+            self._write_generic(index, call, name, arguments, options, kind)
+
+    def _write_list(
+        self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any]
+    ) -> None:
+        """A call on lists."""
+        result = call.results[0]
+        texts = [f"{text}.unbind()" if kind is Kind.STACK else text for text, kind in arguments]
+        if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
+            stacked = [arguments[0][0], arguments[1][0]]
+            changed = self._use_reciprocal(index, call, name, stacked, arguments[1][1])
+            if changed != name:
+                name = changed
+                texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
+        first_is_list = arguments[0][1] is Kind.EACH
+        extra = [f"{key}={text}" for key, (text, _) in options.items()] if set(options) <= {"alpha", "value"} else None
+        if name in FOREACH and extra is not None and self._fits_list(call, name, arguments):
+            position = self._target(index, call, arguments) if not (options and name != "add") else None
+            if position is not None and (position == 0 or (name in COMMUTATIVE and not options)):
+                given = [texts[position], *(text for place, text in enumerate(texts) if place != position), *extra]
+                self.lines.append(f"torch._foreach_{name}_({', '.join(given)})")
+                self._take(result, texts[position], call.args[position].number)
+                return
+            if first_is_list:
+                spare = self._spare(index, call)
+                if spare is not None:
+                    self.lines.append(f"torch._foreach_copy_({spare}, {texts[0]})")
+                    self.lines.append(f"torch._foreach_{name}_({', '.join([spare, *texts[1:], *extra])})")
+                    self._take(result, spare, next(n for n in self.homes if self.names[n] == spare))
+                    return
+                self.kinds[result], self.names[result] = Kind.EACH, self._new_name(name)
+                self.lines.append(f"{self.names[result]} = torch._foreach_{name}({', '.join([*texts, *extra])})")
+                return
+        if name == "clamp" and first_is_list and not options:
+            self._write_clamp(index, call, texts)
+        elif name == "norm" and first_is_list and self._shape(result) == () and not options and len(arguments) <= 2:
+            function = "norms" if self._has_long_norms(index) else "torch._foreach_norm"
+            self._assign(call, f"{function}({', '.join(texts)})", Kind.EACH)
+        elif name == "zeros_like" and (spare := self._spare_for_zeros(index, call)):
+            self.lines.append(f"torch._foreach_zero_({spare})")
+            self._take(result, spare, next(n for n in self.homes if self.names[n] == spare))
+        else:
+            self._write_generic(index, call, name, arguments, options, Kind.EACH)
+
+    def _fits_list(self, call: Call, name: str, arguments: list[tuple[str, Kind]]) -> bool:
+        """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
+        shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
+        return not shared or (name in ("add", "mul", "div") and all(self._shape(leaf.number) == () for leaf in shared))
+
+    def _spare_for_zeros(self, index: int, call: Call) -> str | None:
+        homes = [n for n, value in self.unwritten.items() if value == call.results[0]]
+        return next((self.names[n] for n in homes if self._is_dead(n, index)), None)
+
+    def _write_clamp(self, index: int, call: Call, texts: list[str]) -> None:
+        result, target = call.results[0], call.args[0].number
+        text, in_place = texts[0], self._target(index, call, [(texts[0], Kind.EACH)]) is not None
+        for bound, name in zip(texts[1:], ("clamp_min", "clamp_max"), strict=False):
+            if bound == "None":
+                continue
+            if in_place:
+                self.lines.append(f"torch._foreach_{name}_({text}, {bound})")
+            else:
+                new = self._new_name(name)
+                self.lines.append(f"{new} = torch._foreach_{name}({text}, {bound})")
+                text, in_place = new, True
+        self.kinds[result], self.names[result] = Kind.EACH, text
+        if text == texts[0]:
+            self.memory[result] = self.memory[target]
+
+    def _write_generic(
+        self,
+        index: int,
+        call: Call,
+        name: str,
+        arguments: list[tuple[str, Kind]],
+        options: dict[str, Any],
+        kind: Kind,
+    ) -> None:
+        """Any call, as a loop where it is one of lists."""
+        given: list[str] = []
+        loop: list[tuple[str, str]] = []
+        schema = call.target._schema.arguments
+        named = {argument.name: argument for argument in schema}
+        function = self._function(index, call, name, options)
+        for position, (text, each) in enumerate(arguments):
+            if not (function.startswith("torch.") and (position or name != "where")):
+                text = self._as_tensor(text, each, schema[position], call, call.args[position])
+            given.append(self._in_loop(text, each, f"v{position}", loop))
+        for key, (text, each) in options.items():
+            text = self._as_tensor(text, each, named[key], call, call.kwargs[key])
+            given.append(f"{key}={self._in_loop(text, each, f'v_{key}', loop)}")
+        if name == "_to_copy" and options.keys() == {"dtype"} and kind >= Kind.SHARED:
+            expression = f"{given[0]}.to({options['dtype'][0]})"
+        else:
+            expression = f"{function}({', '.join(given)})"
+        if loop and not self.single:
+            variables, lists = zip(*loop, strict=True)
+            over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
+            expression = f"[{expression} for {', '.join(variables)} in {over}]"
+            kind = Kind.EACH
+        self._assign(call, expression, kind)
+
+    def _function(self, index: int, call: Call, name: str, options: dict[str, Any]) -> str:
+        """The function to call: one of torch, which is faster, or the operation itself."""
+        if name == "norm" and self._has_long_norms(index):
+            return "norm"
+        if name in TAKES_NUMBERS and not options:
+            return f"torch.{name}"
+        while self.functions.__dict__.setdefault(name, call.target) is not call.target:
+            name += "_"
+        return f"aten.{name}"
+
+    def _has_long_norms(self, index: int) -> bool:
+        """Whether a norm is one of so many elements that torch would lose digits of it."""
+        return self.globals["device"].type == "cpu" and any(_is_long_norm(trace, index) for trace in self.traces)
+
+    def _assign(self, call: Call, expression: str, kind: Kind) -> None:
+        """Give the result of a call a name."""
+        is_list = kind is Kind.EACH and not self.single
+        names = []
+        for number in call.results:
+            self.names[number] = self._new_name(RENAMED.get(call.name, call.name).strip("_"))
+            self.kinds[number], self.memory[number] = kind, self.memory.get(number, number)
+            names.append(self.names[number])
+        if len(names) > 1 and is_list:
+            expression = f"zip(*{expression})"
+        elif is_list and self.stacks and self._shape(call.results[0]) == ():
+            self.kinds[call.results[0]] = Kind.STACK
+            expression = f"torch.stack({expression})"
+        self.lines.append(f"{', '.join(names)} = {expression}")
+
+    def _as_tensor(self, text: str, kind: Kind, argument: Any, call: Call, leaf: Any) -> str:
+        """A number as a tensor, where the operation takes nothing else."""
+        is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]") and text != "None"
+        if kind is not Kind.NUMBER or not is_tensor:
+            return text
+        dtype = self.trace.forms[leaf.number if isinstance(leaf, Ref) else call.results[0]][1]
+        return f"torch.tensor({text}, dtype={dtype}, device=device)"
+
+    def _in_loop(self, text: str, kind: Kind, variable: str, loop: list[Any]) -> str:
+        """The argument, or the variable of a loop over it, which is added to ``loop``."""
+        if kind < Kind.STACK or (self.single and kind is Kind.EACH):
+            return text
+        loop.append((variable, f"{text}.unbind()" if kind is Kind.STACK else text))
+        return variable
+
+    # Results
+
+    def _write_results(self, index: int) -> None:
+        """Put each result into its home as soon as it is known and nothing needs what is there."""
+        is_end = index == len(self.trace.calls)
+        for home, value in sorted(self.unwritten.items(), key=lambda pair: pair[0] == self.trace.inputs[TENSOR]):
+            if value not in self.names:
+                continue
+            if self.memory[value] == home and self.names[value] == self.names[home]:
+                if is_end:
+                    del self.unwritten[home]
+                continue
+            others = [v for h, v in self.unwritten.items() if h != home]
+            same = [each for each, memory in self.memory.items() if memory == home]
+            if any(self.last_use.get(each, -1) > index or each in others for each in same):
+                continue
+            text = self.names[value]
+            if self.memory[value] == home:  # a view of it, such as its transpose, which must be read before
+                text = f"{text}.clone()" if self.single else f"[each.clone() for each in {text}]"
+            self._copy(self.names[home], text, self.kinds[value])
+            del self.unwritten[home]
+
+    def _copy(self, target: str, text: str, kind: Kind) -> None:
+        method = "fill_" if kind is Kind.NUMBER else "copy_"
+        if self.single:
+            self.lines.append(f"{target}.{method}({text})")
+        elif kind in (Kind.EACH, Kind.STACK):
+            text = f"{text}.unbind()" if kind is Kind.STACK else text
+            self.lines.append(f"torch._foreach_copy_({target}, {text})")
+        else:
+            self.lines.append(f"for each in {target}:\n        each.{method}({text})")
