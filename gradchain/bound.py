@@ -52,7 +52,7 @@ class TransformFactory(Protocol[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
 
     def check(self, function: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``function(**arguments)``, which raises where arguments that are each in range do not fit together."""
+        """Register ``function(**arguments)``, which raises where arguments in their ranges do not fit together."""
         ...
 
     def on_skip(self, function: Callable[..., None], /) -> Callable[..., None]:

@@ -59,8 +59,9 @@ class ParamTransformingOptimizer(Optimizer):
     The second transform of a kind, counted through ``pre``, ``update`` and ``post``, has keys of its own, such as
     ``"scale_2.factor"``; ``.named(prefix)`` chooses them.
     The states of stateful transforms are in ``state[param]["transforms"]``, under keys such as ``"pre.ema.average"``,
-    once the inner optimizer has made its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
-    that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
+    once the inner optimizer has made its own; save and load them through this optimizer, since others cast them to the
+    dtype of the parameter. States that an instance has loaded before are taken up, with a warning where they do not fit
+    or were rounded.
 
     Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
     now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
