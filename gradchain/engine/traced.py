@@ -245,7 +245,8 @@ class _Attempt:
         tensor = values[TENSOR]
         context = {name[len(CONTEXT) :]: value for name, value in values.items() if name.startswith(CONTEXT)}
         outputs: dict[str, Tensor] = {}
-        for self.position, part in enumerate(self.parts):
+        for position, part in enumerate(self.parts):
+            self.position = position
             self.recorder.stage = " ".join(part.places[-1].split()) if part.places else show(part.stage)
             self.group.numbers.clear()
             start = STATE + part.path
