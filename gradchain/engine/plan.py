@@ -1,4 +1,4 @@
-"""What the transforms of a slot do in a step, worked out once: which operations run on which tensors, in which order."""
+"""What the transforms of a slot do in a step, worked out once: what runs on which tensors, in which order."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Plan:
                 operation.run(work)
 
     def _make_operations(self, fused: bool) -> Iterator[Operation]:
-        """Stages that act on each tensor by itself, in stretches that share programs, and between them what measures."""
+        """Stretches of stages that act on each tensor, and so share programs; what measures all of them is between."""
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:

@@ -378,7 +378,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
-    """``state`` with ``function(tensor)`` for each of its tensors; what is no dict, as a damaged file has it, as it is."""
+    """``state`` with ``function(tensor)`` for each tensor. What is no dict, as in a damaged file, stays as it is."""
     if not isinstance(state, dict):
         return state
     return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -76,7 +76,7 @@ class NotedGroup(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 # which would call this method
 
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
