@@ -65,6 +65,7 @@ class Programs(Operation):
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
         self.depends = self._dependencies()
+        self.reads_params = any(f"{CONTEXT}param" in traced.trace.inputs for traced in self.traced.values())
 
     def run(self, work: Pass) -> None:
         keeps_states = work.keeps_states or self.precedes_skip

@@ -31,6 +31,7 @@ class Plan:
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether all that can raise has shown by now.
         skips: Whether a stage can call the step off.
+        reads_params: Whether a stage can read ``group["param"]``.
     """
 
     def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
@@ -60,6 +61,7 @@ class Plan:
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
+        self.reads_params = any(operation.reads_params for operation in self.operations)
         for index, operation in enumerate(self.operations, 1):
             operation.precedes_skip = any(later.skips for later in self.operations[index:])
         self._checks = [
