@@ -169,6 +169,7 @@ def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) 
 
 
 def is_state(value: object) -> bool:
+    """Whether it is a dict of tensors."""
     return isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values())
 
 
@@ -189,4 +190,5 @@ def is_same(a: object, b: object) -> bool:
 
 
 def show_value(value: object) -> str:
+    """How the value of a hyperparameter or option prints."""
     return f"Generator({value.initial_seed()})" if isinstance(value, Generator) else repr(value)

@@ -114,6 +114,10 @@ class Stage(ABC):
         """Transform one tensor, given what was measured of all."""
         return self.update(tensor, group, state)
 
+    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
+        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        return {}, state
+
     def unit_ndim(self, ndim: int, group: Group) -> int | None:
         """How many dimensions the sub-tensors have that it acts on, of a tensor of ``ndim``; None for the whole."""
         return None
@@ -158,10 +162,6 @@ class Each(Stage):
     @abstractmethod
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform one tensor, given what was measured."""
-
-    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
-        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
-        return {}, state
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]

@@ -91,13 +91,13 @@ def transform(
             arguments those of the first group. With ``init`` too, the state is that of the measure, one for all
             tensors: ``measure(tensors, state, **arguments)`` returns the dict and a new state, and the function is
             ``(tensor, group, ...) -> tensor``.
-        measures_shards: Whether ``measure`` can deal with distributed tensors (``DTensor``); else it gets them whole.
+        measures_shards: Whether ``measure`` can deal with distributed tensors (``DTensor``); if not, it gets them
+            whole.
         average: The key of the state under which there is an average of the parameter, to evaluate with.
         skip: The key of the state that says whether to call the step off.
 
     Example:
         >>> from typing import Annotated
-        >>> import torch
         >>> from annotated_types import Gt
         >>> @transform
         ... def soft_sign(tensor: Tensor, group: Group, softness: Annotated[float, Gt(0)]) -> Tensor:

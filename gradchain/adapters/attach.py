@@ -34,8 +34,8 @@ from gradchain.engine.groups import (
 )
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import KEY, Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
+from gradchain.engine.states import KEY, SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.explain import Explanation
 from gradchain.stage import below, beneath
 

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.contract import Group, is_same
-from gradchain.engine.states import Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal
+from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, is_rehearsal
 from gradchain.stage import Combinator, Stage
 
 

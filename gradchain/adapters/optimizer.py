@@ -34,8 +34,8 @@ from gradchain.engine.groups import (
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal, rescales
+from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, is_rehearsal, rescales
 from gradchain.explain import Explanation
 
 
@@ -348,7 +348,7 @@ class ParamTransformingOptimizer(Optimizer):
         try:
             step.transform_grads()
         except SkippedStep as skipped:
-            skipped.count()
+            skipped.keep_counters()
         except BaseException:
             step.undo()
             raise

@@ -33,6 +33,7 @@ OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 def make_inner(
     params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
 ) -> Optimizer:
+    """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``."""
     if isinstance(params, Optimizer):
         raise TypeError(
             f"params must be parameters, got an optimizer, {type(params).__name__}; to put transforms "

@@ -76,7 +76,7 @@ class NotedGroup(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 # which would call this method
 
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
@@ -245,7 +245,8 @@ class _Attempt:
         tensor = values[TENSOR]
         context = {name[len(CONTEXT) :]: value for name, value in values.items() if name.startswith(CONTEXT)}
         outputs: dict[str, Tensor] = {}
-        for self.position, part in enumerate(self.parts):
+        for position, part in enumerate(self.parts):
+            self.position = position
             self.recorder.stage = " ".join(part.places[-1].split()) if part.places else show(part.stage)
             self.group.numbers.clear()
             start = STATE + part.path

@@ -135,6 +135,6 @@ def skip_large(
 def _require_few_in_a_row(state: State, **arguments: Any) -> None:
     if state["too_many"]:
         raise RuntimeError(
-            f"{int(state['in_a_row'])} steps in a row were skipped, more than allowed; look at the gradients, lower the "
-            "learning rate, or raise the limit of the transform that skips"
+            f"{int(state['in_a_row'])} steps in a row were skipped, more than allowed; look at the gradients, lower "
+            "the learning rate, or raise the limit of the transform that skips"
         )
