@@ -120,6 +120,10 @@ class Engine:
         self.chains()
         self.note_keys()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is worked out, which is made anew."""
+        return self.__dict__ | {"_plans": None, "_roster": None}
+
     @property
     def owner(self) -> Owner:
         """What the chains belong to."""

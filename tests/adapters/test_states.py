@@ -604,7 +604,9 @@ def test_states_that_the_optimizer_has_rounded(wrap: Any) -> None:
 
 # found: 7
 @pytest.mark.parametrize("wrap", [afterwards, around])
-@pytest.mark.parametrize("change", [None, lambda state: state.pop("pre.ema.average"), lambda state: state.update({"pre.ema.average": 3})])
+@pytest.mark.parametrize(
+    "change", [None, lambda state: state.pop("pre.ema.average"), lambda state: state.update({"pre.ema.average": 3})]
+)
 def test_states_that_the_optimizer_has_loaded_and_nothing_takes_up(wrap: Any, change: Any) -> None:
     optim = ParamTransformingOptimizer(params(), Adam, pre=ema(0.9), post=chain(clip_by_norm(9.0), param_ema(0.5)))
     step(optim, 1.0, 1.0)
