@@ -152,7 +152,7 @@ def count_collectives() -> list[Any]:
 
 def test_nothing_is_sent_for_rows(processes: Processes) -> None:
     for counts, placed in processes.run(4, count_collectives):
-        assert counts == [0, 1, 3]
+        assert counts == [0, 1, 2]  # centralize leaves a vector alone
         assert all(placed)
 
 
