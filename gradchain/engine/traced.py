@@ -289,9 +289,9 @@ def _has(group: Group, key: str, value: Any) -> bool:
 
 
 def form_of(value: Any) -> Any:
-    """All that a trace depends on of a tensor."""
+    """All that a trace depends on of a tensor: not its device, since tensors in a trace have no data."""
     value = local_part(value)
-    return tuple(value.shape), value.stride(), value.dtype, value.device
+    return tuple(value.shape), value.stride(), value.dtype
 
 
 def _reason(error: Exception) -> str:

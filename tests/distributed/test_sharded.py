@@ -156,6 +156,36 @@ def test_nothing_is_sent_for_rows(processes: Processes) -> None:
         assert all(placed)
 
 
+def by_size(tensor: Tensor, group: Group) -> Tensor:
+    """Acts on each element, but otherwise on a part than on the whole."""
+    return tensor * 2 if tensor.numel() > 4 else tensor / 2
+
+
+def by_last_size(tensor: Tensor, group: Group) -> Tensor:
+    """What only some processes have a part for."""
+    return tensor * 2 if tensor.shape[0] != 1 else tensor / 2
+
+
+@transform
+def shrink_at_random(tensor: Tensor, group: Group, *, seed: int = 0) -> Tensor:
+    """Acts on rows, but draws for all of them together."""
+    generator = torch.Generator().manual_seed(seed)
+    return tensor * torch.rand((), generator=generator)
+
+
+def train_with_sizes() -> list[Any]:
+    params: list[Any] = list(sharded().parameters() if dist.is_initialized() else Parameters().parameters())
+    batches = my_batches() if dist.is_initialized() else range(BATCHES)
+    grads = step_gradients(sharded() if dist.is_initialized() else Parameters(), 1, batches)
+    options: list[Any] = [(by_size, None), (by_last_size, None), (shrink_at_random(), 1)]
+    return [parts(train(params, grads, pre=gc.broadcast(each, ndim))) for each, ndim in options]
+
+
+def test_what_depends_on_the_size_sees_the_whole(processes: Processes) -> None:
+    actual = join(processes.run(4, train_with_sizes))
+    torch.testing.assert_close(actual, join([train_with_sizes()]), rtol=1e-6, atol=1e-6)
+
+
 LAYOUTS: list[Callable[[], list[Any]]] = [
     lambda: [Replicate(), Shard(0)],
     lambda: [Shard(0), Shard(1)],
@@ -184,7 +214,10 @@ def train_on_mesh() -> list[Any]:
 MESH_CHAINS: list[dict[str, Any]] = [
     {"pre": chain(gc.ema(0.5), gc.sign()), "post": gc.project_l2_ball(1.0), "param_ndim": param_ndim}
     for param_ndim in (0, 1, None)
-] + [{"pre": chain(gc.ema(0.5), gc.clip_by_global_norm(0.5), gc.skip_nonfinite()), "update": gc.trust_ratio()}]
+] + [
+    {"pre": chain(gc.ema(0.5), gc.clip_by_global_norm(0.5), gc.skip_nonfinite()), "update": gc.trust_ratio()},
+    {"pre": chain(gc.sign(), gc.ema(0.5))},
+]
 
 
 def values(count: int, seed: int = 0) -> list[Tensor]:
