@@ -132,7 +132,8 @@ def soft_sign(tensor: Tensor, group: Group) -> Tensor:
 
 def clip(tensor: Tensor, group: Group) -> Tensor:
     """A function of one's own that acts on a unit."""
-    return tensor / (tensor.norm() / 1.0).clamp_min(1)
+    excess: Tensor = tensor.norm() / 1.0
+    return tensor / excess.clamp_min(1)
 
 
 def _no_average(tensor: Tensor, group: Group, **arguments: object) -> State:

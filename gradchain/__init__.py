@@ -7,9 +7,10 @@ from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.adapters.scheduler import schedule
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
+from gradchain.contract import FROM_GROUP, Group, State, Transform
 from gradchain.explain import Explanation, explain
 from gradchain.masked import freeze, masked, partition
-from gradchain.transform import FROM_GROUP, Group, State, Transform, transform
+from gradchain.transform import transform
 from gradchain.transforms.average import lookahead, param_ema
 from gradchain.transforms.clip import clip_adaptive, clip_by_norm, clip_by_rms
 from gradchain.transforms.elementwise import add, clamp, scale, sign, zero_nonfinite

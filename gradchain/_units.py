@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from gradchain.broadcast import broadcast
-from gradchain.transform import Group, Stage, Transform, as_stage, show
+from gradchain.contract import Group, Transform, show
+from gradchain.stage import Stage, as_stage
 
 _KINDS = ("whole tensor", "sub-tensor", "row", "element")
 

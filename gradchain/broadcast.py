@@ -10,24 +10,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._ranges import as_number
+from gradchain.bound import BoundTransform
 from gradchain.chain import Chain
-from gradchain.transform import (
-    CONTEXT,
-    FROM_GROUP,
-    BoundTransform,
-    Combinator,
-    Each,
-    FromGroup,
-    Group,
-    Stage,
-    State,
-    Transform,
-    as_stage,
-    look_at,
-    require_transform,
-    require_unwritten,
-    show,
-)
+from gradchain.contract import CONTEXT, FROM_GROUP, FromGroup, Group, State, Transform, look_at, require_unwritten, show
+from gradchain.stage import Combinator, Each, Stage, as_stage, require_transform
 
 
 @overload

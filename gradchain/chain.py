@@ -8,7 +8,8 @@ from typing import Any, overload
 from torch import Tensor
 
 from gradchain._html import show_chain
-from gradchain.transform import Combinator, Group, Part, State, Transform, below, beneath, locate, show
+from gradchain.contract import Group, State, Transform, locate, show
+from gradchain.stage import Combinator, Part, below, beneath
 
 
 def chain(*transforms: Transform) -> Chain:

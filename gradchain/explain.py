@@ -17,7 +17,8 @@ from gradchain._html import Html, element
 from gradchain._sharding import gather
 from gradchain._units import show_units
 from gradchain.chain import Chain, chain
-from gradchain.transform import Group, Stage, State, Transform, beneath, show
+from gradchain.contract import Group, State, Transform, show
+from gradchain.stage import Stage, beneath
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,20 +11,9 @@ from torch import Tensor
 
 from gradchain._sharding import distribute_like, is_distributed
 from gradchain.chain import Chain, chain
-from gradchain.transform import (
-    PLACE,
-    Combinator,
-    Group,
-    Part,
-    Stage,
-    State,
-    Transform,
-    below,
-    beneath,
-    locate,
-    show,
-    transform,
-)
+from gradchain.contract import PLACE, Group, State, Transform, locate, show
+from gradchain.stage import Combinator, Part, Stage, below, beneath
+from gradchain.transform import transform
 
 Where: TypeAlias = str | Tensor | Callable[[Group], bool]
 

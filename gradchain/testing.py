@@ -14,15 +14,8 @@ from torch.testing import assert_close
 
 from gradchain.broadcast import Broadcast, broadcast, to_batch
 from gradchain.chain import chain
-from gradchain.transform import (
-    CONTEXT,
-    FROM_GROUP,
-    Group,
-    Transform,
-    as_stage,
-    require_transform,
-    show,
-)
+from gradchain.contract import CONTEXT, FROM_GROUP, Group, Transform, show
+from gradchain.stage import as_stage, require_transform
 
 __all__ = ["check_projection", "check_transform"]
 
@@ -57,7 +50,6 @@ def check_transform(
     ``vmaps``           ``torch.func.vmap`` equals a Python loop.
     ``differentiable``  ``torch.func.grad`` gives finite numbers, also at zero.
     ``compiles``        ``torch.compile`` makes one graph of it, which gives the same result.
-    ``in_place``        The in-place rule, where there is one, overwrites tensors and states by what the function gives.
     ``copies``          It pickles, deepcopies, and prints without a memory address; copies are equal to it.
     ==================  ==============================================================================================
 

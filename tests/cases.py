@@ -9,8 +9,9 @@ from torch import Tensor, tensor
 from torch.linalg import vector_norm
 
 import gradchain as gc
+from gradchain.contract import Group
+from gradchain.stage import Stage
 from gradchain.testing import SHAPES
-from gradchain.transform import Group, Stage
 
 
 @dataclass(frozen=True)

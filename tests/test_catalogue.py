@@ -15,8 +15,9 @@ from torch.testing import assert_close
 
 import gradchain
 from gradchain import transforms
+from gradchain.bound import BoundTransform
+from gradchain.contract import Group
 from gradchain.testing import check_projection, check_transform
-from gradchain.transform import BoundTransform, Group
 from tests.cases import CASES, Case, each
 
 README = Path(__file__).parents[1] / "README.md"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
+from gradchain.contract import Group, locate, show
 from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
 from gradchain.engine.plan import Plan
 from gradchain.engine.step import Engine, Step, is_rehearsal
 from gradchain.explain import Explanation, Record, forked_rng
-from gradchain.transform import Group, locate, show
 
 INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}
 """What the stages of a slot act on."""

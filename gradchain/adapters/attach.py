@@ -20,6 +20,7 @@ from gradchain._units import print_slots
 from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
+from gradchain.contract import Group, Transform, is_same
 from gradchain.engine.groups import (
     ATTACHED,
     check_group,
@@ -33,10 +34,10 @@ from gradchain.engine.groups import (
 )
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import KEY, Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, Weak, is_rehearsal, rescales
+from gradchain.engine.states import KEY, SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, Weak, is_rehearsal, rescales
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, below, beneath, is_same
+from gradchain.stage import below, beneath
 
 UNSCALES = "_step_supports_amp_scaling"
 """The attribute by which a ``GradScaler`` knows that a step unscales gradients."""
@@ -67,10 +68,10 @@ def attach(
     the states of transforms in it. It warns of those that do not fit, and of those that the optimizer has rounded to
     the dtype of half-precision parameters.
 
-    If a transform raises in a step, parameters and the states of the transforms are as they were before it. What
-    differs from ``ParamTransformingOptimizer`` comes from being inside of the step: if the optimizer itself raises, it
-    leaves what it has done; and when a transform skips the step, the optimizer makes one without gradients, of which
-    parameters and param groups, and with a closure its state too, are restored.
+    If a transform raises, parameters and the states of transforms are as they were before the step. What differs from
+    ``ParamTransformingOptimizer`` comes from being inside of the step: if the optimizer itself raises, it leaves what
+    it has done; and when a transform skips the step, the optimizer makes one without gradients, of which parameters and
+    param groups, and with a closure its state too, are restored.
 
     A fused optimizer leaves it to a ``GradScaler`` to unscale gradients as long as something is attached, and so waits
     for the device once a step. Copies and pickles of an optimizer have no hooks, and so no transforms: attach to the
@@ -80,7 +81,8 @@ def attach(
     Args:
         optimizer: Any optimizer. Of one that a framework has wrapped, the one inside.
         pre: The transform of each gradient.
-        update: The transform of each displacement. It needs a copy of the parameters, which ``post`` can need too.
+        update: The transform of each displacement. It needs a copy of the parameters; ``post`` needs one only where a
+            stage cannot be traced.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, where a group does not say it; see ``broadcast``. The default, -1, is
             each entry along the first dimension: each row of weights, but each element of a bias.

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 from torch import Tensor
 
 from gradchain.broadcast import broadcast
-from gradchain.transform import Group, Stage, State, Transform, locate, require_transform, show
+from gradchain.contract import Group, State, Transform, locate, show
+from gradchain.stage import Stage, require_transform
 
 T = TypeVar("T")
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
-from gradchain.engine.states import Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal
-from gradchain.transform import Combinator, Group, Stage, is_same
+from gradchain.contract import Group, is_same
+from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, is_rehearsal
+from gradchain.stage import Combinator, Stage
 
 
 def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:

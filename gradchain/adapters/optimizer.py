@@ -18,6 +18,7 @@ from gradchain._units import print_slots
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
+from gradchain.contract import Group, Transform, is_same
 from gradchain.engine.groups import (
     Params,
     check_group,
@@ -33,10 +34,9 @@ from gradchain.engine.groups import (
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import Member, Roster, TransformStates
-from gradchain.engine.step import SLOTS, Engine, Step, is_rehearsal, rescales
+from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
+from gradchain.engine.step import Engine, Step, is_rehearsal, rescales
 from gradchain.explain import Explanation
-from gradchain.transform import Group, Transform, is_same
 
 
 class ParamTransformingOptimizer(Optimizer):
@@ -58,9 +58,10 @@ class ParamTransformingOptimizer(Optimizer):
     either. The hyperparameters of the chains, ``param_ndim``, ``grad_scale`` and ``grad_bias`` are keys of the groups.
     The second transform of a kind, counted through ``pre``, ``update`` and ``post``, has keys of its own, such as
     ``"scale_2.factor"``; ``.named(prefix)`` chooses them.
-    The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
-    its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
-    that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
+    The states of stateful transforms are in ``state[param]["transforms"]``, under keys such as ``"pre.ema.average"``,
+    once the inner optimizer has made its own; save and load them through this optimizer, since others cast them to the
+    dtype of the parameter. States that an instance has loaded before are taken up, with a warning where they do not fit
+    or were rounded.
 
     Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
     now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
@@ -69,12 +70,10 @@ class ParamTransformingOptimizer(Optimizer):
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
 
-    If a transform or a hook raises within a step, the parameters and the states of the transforms are as they were
-    before it. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
-    gradients on which ``pre`` failed are as before. Ctrl-C, a lack of memory or an error of the inner optimizer can
-    stop a step at any place. With ``update``, a closure, a hook, or ``post`` where a chain has a function without a
-    rule, the parameters are still as before or after it; else they, like the states, are as far as the step had come.
-    A checkpoint that is loaded then brings all back.
+    If a transform raises, parameters and the states of transforms are as they were before the step; the same holds for
+    hooks. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
+    gradients on which ``pre`` failed are as before. After Ctrl-C, a lack of memory or an error of the inner optimizer,
+    load the last checkpoint.
 
     The chains can be replaced: ``optimizer.pre = chain(...)``. Transforms of the same name go on with their states, and
     others start anew. Hyperparameters that no group has changed follow the new chain.
@@ -86,8 +85,8 @@ class ParamTransformingOptimizer(Optimizer):
         params: Parameters, named parameters or param groups, as any optimizer takes them. Not with an instance.
         InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance.
         pre: The transform of each gradient.
-        update: The transform of each displacement. It needs a copy of the parameters, as does ``post`` with a
-            function that has no rule.
+        update: The transform of each displacement. It needs a copy of the parameters; ``post`` needs one only where a
+            stage cannot be traced.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
             first dimension: each row of weights, but each element of a bias. The ``repr`` says it, stage by stage.
@@ -349,7 +348,7 @@ class ParamTransformingOptimizer(Optimizer):
         try:
             step.transform_grads()
         except SkippedStep as skipped:
-            skipped.count()
+            skipped.keep_counters()
         except BaseException:
             step.undo()
             raise

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gradchain.transform import Group
+from gradchain.contract import Group
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=LRScheduler)

@@ -26,7 +26,7 @@ from gradchain.engine.traced import (
     trace_stages,
 )
 from gradchain.engine.writer import KINDS
-from gradchain.transform import Part
+from gradchain.stage import Part
 
 BLOCK_BYTES = 2**21
 """Tensors go through a program in blocks of about this size, which stay in the cache from one line to the next.
@@ -62,6 +62,7 @@ class Programs(Operation):
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
         self.depends = dependencies((items[number], traced) for number, traced in self.traced.items())
+        self.reads_params = any(f"{CONTEXT}param" in traced.trace.inputs for traced in self.traced.values())
 
     def run(self, work: Pass) -> None:
         keeps_states = work.keeps_states or self.precedes_skip
@@ -126,12 +127,14 @@ class Programs(Operation):
     def _pays_to_stack(self, numbers: Sequence[int]) -> bool:
         """Whether it is faster to stack tensors of one form, run a program once and copy the results back."""
         form, trace = local_part(self.items[numbers[0]].form), self.traced[numbers[0]].trace
-        if len(numbers) < 4 or not form.is_contiguous():
+        item = self.items[numbers[0]]
+        all_forms = [item.form, *item.context.values(), *item.states.values()]
+        if len(numbers) < 4 or any(is_distributed(v) or not v.is_contiguous() for v in all_forms):
             return False
         copied = form.numel() * form.element_size() / 6000  # a copy of so many bytes takes a microsecond
         inputs = [name for name in trace.inputs if _is_of_each(name)]
         stacked = len(inputs) * (0.3 + copied) + len(trace.outputs) * (0.5 + copied)
-        return sum(map(_cost, trace.calls)) > 1.2 * stacked
+        return bool(sum(map(_cost, trace.calls)) > 1.2 * stacked)
 
     def _bytes(self, number: int) -> int:
         form = local_part(self.items[number].form)
@@ -188,15 +191,12 @@ class Programs(Operation):
         return self._picker(None if name == TENSOR else key, numbers, single=single)
 
     def _picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
-        pick = itemgetter(*numbers)
-        if single or len(numbers) > 1:
-            take = pick
-        else:
-            take = lambda values: (pick(values),)  # noqa: E731
+        """What gets the tensors, or those of the context under ``key``."""
         if any(is_distributed(self.items[number].form) for number in numbers):
             return self._local_picker(key, numbers, single=single)
-        elif not single and list(numbers) == list(range(len(self.items))):
-            take = lambda values: values  # noqa: E731
+        if not single and list(numbers) == list(range(len(self.items))):
+            return (lambda work: work.tensors) if key is None else (lambda work: work.context[key])
+        take: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)  # of one number, the tensor itself
         return (lambda work: take(work.tensors)) if key is None else (lambda work: take(work.context[key]))
 
     def _local_picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
@@ -245,7 +245,7 @@ class Block:
         """Copies of states, which take the place of the originals when the step is done."""
         if isinstance(states, Tensor):
             copy = states.clone()
-            work.commits.append(partial(states.copy_, copy))
+            work.commits.append(partial(torch._foreach_copy_, [states], [copy]))
             return copy
         copies = [state.clone() for state in states]
         work.commits.append(partial(torch._foreach_copy_, list(states), copies))

@@ -15,16 +15,8 @@ from gradchain._ranges import as_number
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
-from gradchain.transform import (
-    FROM_GROUP,
-    Group,
-    Transform,
-    is_same,
-    locate,
-    merge_hyperparameters,
-    number_keys,
-    require_transform,
-)
+from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate
+from gradchain.stage import merge_hyperparameters, number_keys, require_transform
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -41,6 +33,7 @@ OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 def make_inner(
     params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
 ) -> Optimizer:
+    """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``."""
     if isinstance(params, Optimizer):
         raise TypeError(
             f"params must be parameters, got an optimizer, {type(params).__name__}; to put transforms "

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
+from gradchain.contract import CONTEXT, PLACE, Group, State, locate
 from gradchain.engine.trace import META, without_data
 from gradchain.engine.traced import Traced, dependencies
-from gradchain.transform import CONTEXT, PLACE, Group, Part, Stage, State, locate
+from gradchain.stage import Part, Stage
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
@@ -91,6 +92,8 @@ class Operation(ABC):
     """Whether all that it can raise has shown before the first step."""
     skips = False
     precedes_skip = False
+    reads_params = True
+    """Whether it can read ``group["param"]``."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item]) -> None:
         self.slot = slot
@@ -223,6 +226,7 @@ class Measure(Operation):
         self.acting = [i for i in self.numbers if items[i].takes_part and items[i].form.numel()]
         self.states = [part.states_of(items[i].states) for i in self.numbers] if part.stage.shares_state else []
         self.skips = bool(part.stage.skip_keys)
+        self.reads_params = False
         self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].form) for i in self.acting)
         self.view: View = {}
         self.cannot_raise = self._rehearse()

@@ -1,4 +1,4 @@
-"""What the transforms of a slot do in a step, worked out once: which operations run on which tensors, in which order."""
+"""What the transforms of a slot do in a step, worked out once: what runs on which tensors, in which order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
+from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
 from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, raise_located
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
-from gradchain.transform import Group, Part, Stage, locate
+from gradchain.stage import Part, Stage
 
 
 class Plan:
@@ -30,6 +31,7 @@ class Plan:
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether all that can raise has shown by now.
         skips: Whether a stage can call the step off.
+        reads_params: Whether a stage can read ``group["param"]``.
     """
 
     def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
@@ -59,6 +61,7 @@ class Plan:
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
+        self.reads_params = any(operation.reads_params for operation in self.operations)
         for index, operation in enumerate(self.operations, 1):
             operation.precedes_skip = any(later.skips for later in self.operations[index:])
         self._checks = [
@@ -123,7 +126,7 @@ class Plan:
                 operation.run(work)
 
     def _make_operations(self, fused: bool) -> Iterator[Operation]:
-        """Stages that act on each tensor by itself, in stretches that share programs, and between them what measures."""
+        """Stretches of stages that act on each tensor, and so share programs; what measures all of them is between."""
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:

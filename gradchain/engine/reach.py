@@ -12,9 +12,10 @@ from torch import Tensor
 from gradchain._ranges import as_number
 from gradchain.broadcast import Broadcast, broadcast, sub_ndim
 from gradchain.chain import Chain
+from gradchain.contract import Group, locate
 from gradchain.engine.states import Member
 from gradchain.masked import Masked, Partition, matches
-from gradchain.transform import Combinator, Group, Stage, locate
+from gradchain.stage import Combinator, Stage
 
 T = TypeVar("T")
 

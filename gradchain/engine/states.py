@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from gradchain._sharding import gather_anew
 from gradchain.chain import Chain
+from gradchain.contract import Group, State, locate, show
 from gradchain.engine.groups import describe
 from gradchain.engine.names import Names
 from gradchain.engine.operations import own
-from gradchain.transform import Group, Stage, State, below, beneath, locate, show
+from gradchain.stage import Stage, below, beneath
 
 ByParam: TypeAlias = dict[Tensor, State]
 
@@ -83,45 +84,6 @@ class Roster:
             group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
             for group, (known, params) in zip(param_groups, self._lists, strict=True)
         )
-
-
-class Tensors:
-    """The parameters and their gradients, as they are at one moment of a step."""
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params = params
-        self.grads = [param.grad for param in params]
-        self.has_usual_grads = _are_usual(self.grads)
-        self.form = None if torch.compiler.is_compiling() else self._look()
-
-    def _look(self) -> Any:
-        """All of them that a plan depends on. It is asked for in every step, and so by calls that take no frame."""
-        grads = (
-            list(map(_DTYPE, self.grads))
-            if self.has_usual_grads
-            else [None if g is None else (g.layout, g.dtype, g.is_contiguous()) for g in self.grads]
-        )
-        # A gradient that its parameter would not take any more is that of before ``param.data`` was replaced.
-        params = self.params
-        return (
-            list(map(_SHAPE, params)),
-            list(map(_DTYPE, params)),
-            list(map(Tensor.get_device, params)),
-            list(map(Tensor.is_contiguous, params)),
-            list(map(type, params)),
-            grads,
-        )
-
-
-_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
-
-
-def _are_usual(grads: Sequence[Any]) -> bool:
-    """Whether there are all, contiguous; so written that each is then looked at once."""
-    try:
-        return all(map(Tensor.is_contiguous, grads))  # which sparse ones never are
-    except TypeError:
-        return False
 
 
 class TransformStates:
@@ -377,7 +339,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
-    """``state`` with ``function(tensor)`` for each of its tensors; what is no dict, as a damaged file has it, as it is."""
+    """``state`` with ``function(tensor)`` for each tensor. What is no dict, as in a damaged file, stays as it is."""
     if not isinstance(state, dict):
         return state
     return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -21,6 +21,8 @@ from gradchain._sharding import gather, is_distributed, local
 from gradchain._units import list_stages
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
+from gradchain.contract import Group, locate
+from gradchain.engine.forms import Forms
 from gradchain.engine.groups import (
     check_group,
     check_support,
@@ -36,8 +38,7 @@ from gradchain.engine.names import Names
 from gradchain.engine.operations import Item, Pass, SkippedStep
 from gradchain.engine.plan import Plan, needs_dense
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, Member, Roster, Tensors, TransformStates
-from gradchain.transform import Group, locate
+from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
 
 T = TypeVar("T")
 
@@ -291,16 +292,16 @@ class Engine:
             self.states.start(slot, self.stage(slot), self.roster.members)
         self.states.show_in(self.owner.inner_opt)
 
-    def plans(self, roster: Roster, tensors: Tensors) -> Plans:
+    def plans(self, roster: Roster, grads: list[Any]) -> Plans:
         """What there is to do, made anew when anything that it depends on is not as it was."""
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
-        if known is None or not known.are_for(chains, roster, tensors):
+        if known is None or not known.are_for(chains, roster, grads):
             for index, group in enumerate(roster.groups):
                 check_support(index, group)  # which can have changed since construction
-            known = Plans(chains, roster, tensors)
+            known = Plans(chains, roster, grads)
             known.of = {
-                slot: self._make_plan(slot, roster, tensors)
+                slot: self._make_plan(slot, roster, grads)
                 for slot, members in zip(SLOTS, chains, strict=True)
                 if members
             }
@@ -310,15 +311,15 @@ class Engine:
             plan.prepare()
         return known
 
-    def _make_plan(self, slot: str, roster: Roster, tensors: Tensors) -> Plan:
+    def _make_plan(self, slot: str, roster: Roster, grads: list[Any]) -> Plan:
         stage = self.stage(slot)
-        takes_part = [slot == "post" or grad is not None for grad in tensors.grads]
+        takes_part = [slot == "post" or grad is not None for grad in grads]
         # Where a state is one for all parameters, those without a gradient keep up.
         stateful = [m for m, takes in zip(roster.members, takes_part, strict=True) if takes or stage.shares_state]
         self.states.start(slot, stage, stateful)
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
-        for member, grad, takes in zip(roster.members, tensors.grads, takes_part, strict=True):
+        for member, grad, takes in zip(roster.members, grads, takes_part, strict=True):
             param = member.param.detach()
             given = (
                 {"param": param} if grad is None or grad.layout is not torch.strided else {"param": param, "grad": grad}
@@ -345,23 +346,27 @@ class Engine:
 class Plans:
     """The plan of each slot that has a chain, and what they depend on."""
 
-    def __init__(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> None:
+    def __init__(self, chains: tuple[Chain, ...], roster: Roster, grads: list[Any]) -> None:
         self.chains = chains
         self.roster = roster
-        self.form = tensors.form
         self.of: dict[str, Plan] = {}
-        self.has_lazy_grads = any(map(_is_lazy, tensors.grads))
+        self.grad_forms = Forms(grads)
+        self.param_forms: Forms | None = None
+        self.has_unusual_grads = any(
+            grad is not None and (_is_lazy(grad) or not grad.is_contiguous()) for grad in grads
+        )
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
         self.can_be_kept = not torch.compiler.is_compiling() and all(
-            grad is None or grad.shape == param.shape for param, grad in zip(roster.params, tensors.grads, strict=True)
+            grad is None or grad.shape == param.shape for param, grad in zip(roster.params, grads, strict=True)
         )
 
-    def are_for(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> bool:
+    def are_for(self, chains: tuple[Chain, ...], roster: Roster, grads: list[Any]) -> bool:
         """Whether all that they depend on is as it was."""
         return (
             all(map(is_, self.chains, chains))
             and self.roster is roster
-            and self.form == tensors.form
+            and self.grad_forms.are_of(grads)
+            and (self.param_forms is None or self.param_forms.are_of(roster.params))
             and all(map(_is_unchanged, self.seen, self.look()))
             and all(plan.holds() for plan in self.of.values())
         )
@@ -370,6 +375,8 @@ class Plans:
         """Sum up, when all are there."""
         self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
         self.seen = self.look()
+        if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
+            self.param_forms = Forms(self.roster.params)
 
     def look(self) -> list[Any]:
         """The values in the groups that all plans depend on."""
@@ -400,10 +407,10 @@ class Step:
     def look(self) -> Plans:
         """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
         with torch.no_grad():
-            tensors = Tensors(self.roster.params)
-            plans = self.engine.plans(self.roster, tensors)
-            self.plans, self.grads = plans.of, tensors.grads
-            if plans.has_lazy_grads or not tensors.has_usual_grads:
+            self.grads = [param.grad for param in self.roster.params]
+            plans = self.engine.plans(self.roster, self.grads)
+            self.plans = plans.of
+            if plans.has_unusual_grads:
                 self._make_grads_writable()
             return plans
 

@@ -109,7 +109,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stage = ""
         self._values: list[Tensor] = []  # kept, so that no other tensor gets the id of one of them
         self._numbers: dict[int, int] = {}
@@ -137,7 +137,8 @@ class Recorder(TorchDispatchMode):
             self._numbers[id(result)] = self._numbers[id(args[0])]
         else:
             results = result if isinstance(result, tuple | list) else (result,)
-            self._calls.append(Call(func, *given, tuple(map(self._number, results)), self.stage))
+            given_args, given_kwargs = given
+            self._calls.append(Call(func, given_args, given_kwargs, tuple(map(self._number, results)), self.stage))
         return result
 
     def input(self, name: str, value: Tensor) -> Tensor:
@@ -198,14 +199,15 @@ def _without_waste(trace: Trace) -> Trace:
     calls: list[Call] = []
     used = {number for call in trace.calls for number in call.references()}
     for call in trace.calls:
-        refer = lambda leaf: Ref(same.get(leaf.number, leaf.number)) if isinstance(leaf, Ref) else leaf  # noqa: E731
-        call = call._replace(args=map_leaves(call.args, refer), kwargs=map_leaves(call.kwargs, refer))
+        call = _with_same(call, same)
         key = call.target, str((call.args, call.kwargs))
         source = call.args[0].number if call.args and isinstance(call.args[0], Ref) else None
         keeps_form = source is not None and trace.forms[source] == trace.forms[call.results[0]]
         is_by_one = call.name in ("mul", "div") and len(call.args) == 2 and call.args[1] == 1
         is_copy = call.name == "clone" and (keeps_form or call.results[0] not in used)
-        if is_copy or (keeps_form and (is_by_one or call.name in ("view", "_to_copy", "expand"))):
+        if source is not None and (
+            is_copy or (keeps_form and (is_by_one or call.name in ("view", "_to_copy", "expand")))
+        ):
             same[call.results[0]] = source
         elif key in known:
             same.update(zip(call.results, known[key].results, strict=True))
@@ -215,9 +217,9 @@ def _without_waste(trace: Trace) -> Trace:
     outputs = {name: same.get(number, number) for name, number in trace.outputs.items()}
     makers = {number: call for call in calls for number in call.results}
     for name, number in outputs.items():
-        call = makers.get(number)
-        if call is not None and call.name == "_to_copy" and call.kwargs.keys() == {"dtype"}:
-            outputs[name] = call.args[0].number  # it is rounded when it is written into the tensor
+        maker = makers.get(number)
+        if maker is not None and maker.name == "_to_copy" and maker.kwargs.keys() == {"dtype"}:
+            outputs[name] = maker.args[0].number  # it is rounded when it is written into the tensor
     needed = set(outputs.values())
     kept: list[Call] = []
     for call in reversed(calls):
@@ -226,6 +228,15 @@ def _without_waste(trace: Trace) -> Trace:
             kept.append(call)
     inputs = {name: number for name, number in trace.inputs.items() if number in needed or name in trace.outputs}
     return replace(trace, inputs=inputs, outputs=outputs, calls=tuple(reversed(kept)))
+
+
+def _with_same(call: Call, same: Mapping[int, int]) -> Call:
+    """The call, with other values in place of those that are the ``same``."""
+
+    def refer(leaf: Any) -> Any:
+        return Ref(same.get(leaf.number, leaf.number)) if isinstance(leaf, Ref) else leaf
+
+    return call._replace(args=map_leaves(call.args, refer), kwargs=map_leaves(call.kwargs, refer))
 
 
 _KEEPDIM = {"linalg_vector_norm": 3, "sum": 2, "mean": 2, "amax": 2, "amin": 2, "norm": 3}
@@ -269,8 +280,7 @@ def _keep_dimensions(trace: Trace) -> Trace:
                 same[end.results[0]] = end.args[0].number
     if not same:
         return trace
-    refer = lambda leaf: Ref(same.get(leaf.number, leaf.number)) if isinstance(leaf, Ref) else leaf  # noqa: E731
-    calls = [c._replace(args=map_leaves(c.args, refer), kwargs=map_leaves(c.kwargs, refer)) for c in calls]
+    calls = [_with_same(call, same) for call in calls]
     outputs = {name: same.get(number, number) for name, number in trace.outputs.items()}
     return replace(trace, calls=tuple(calls), outputs=outputs, forms=tuple(forms))
 

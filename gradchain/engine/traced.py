@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._sharding import local_part
+from gradchain.contract import Group, compute_dtype, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
-from gradchain.transform import Group, Part, compute_dtype, show
+from gradchain.stage import Part
 
 if TYPE_CHECKING:
     from gradchain.engine.operations import Item, View
@@ -79,7 +80,7 @@ class NotedGroup(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 # which would call this method
 
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
@@ -248,7 +249,8 @@ class _Attempt:
         tensor = values[TENSOR]
         context = {name[len(CONTEXT) :]: value for name, value in values.items() if name.startswith(CONTEXT)}
         outputs: dict[str, Tensor] = {}
-        for self.position, part in enumerate(self.parts):
+        for position, part in enumerate(self.parts):
+            self.position = position
             self.recorder.stage = " ".join(part.places[-1].split()) if part.places else show(part.stage)
             self.group.numbers.clear()
             start = STATE + part.path

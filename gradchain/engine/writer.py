@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,14 @@ class Kind(IntEnum):
 
 KINDS = {"number:": Kind.NUMBER, "value:": Kind.SHARED, "view:": Kind.SHARED, CONSTANT: Kind.SHARED}
 """The inputs that are not one for each tensor, by the beginning of their names."""
+
+
+def _positional(index: int, position: int, trace: Trace) -> Any:
+    return trace.calls[index].args[position]
+
+
+def _by_keyword(index: int, key: str, trace: Trace) -> Any:
+    return trace.calls[index].kwargs[key]
 
 
 def _is_long_norm(trace: Trace, index: int) -> bool:
@@ -164,8 +173,8 @@ class Writer:
     def _write_call(self, index: int, call: Call) -> None:
         result = call.results[0]
         name = RENAMED.get(call.name, call.name)
-        arguments = [self._argument(lambda trace, i=i: trace.calls[index].args[i]) for i in range(len(call.args))]
-        options = {key: self._argument(lambda trace, k=key: trace.calls[index].kwargs[k]) for key in call.kwargs}
+        arguments = [self._argument(partial(_positional, index, i)) for i in range(len(call.args))]
+        options = {key: self._argument(partial(_by_keyword, index, key)) for key in call.kwargs}
         kind = max([k for _, k in (*arguments, *options.values())], default=Kind.NUMBER)
         self.memory[result] = result
         if call.name in VIEWS and kind >= Kind.SHARED:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradchain.transform import State
+from gradchain.contract import State
 
 
 def start_average(average: Tensor, debias: bool) -> State:

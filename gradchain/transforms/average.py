@@ -10,7 +10,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 from gradchain.transforms._averages import move_average, start_average
 
 

@@ -7,7 +7,8 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 from gradchain.transforms._numerics import shorten
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 
 
 @transform(acts_on="element")

@@ -9,19 +9,9 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
-from gradchain.transform import (
-    Combinator,
-    Group,
-    State,
-    Transform,
-    below,
-    beneath,
-    locate,
-    require_transform,
-    show,
-    transform,
-    widen,
-)
+from gradchain.contract import Group, State, Transform, locate, show, widen
+from gradchain.stage import Combinator, below, beneath, require_transform
+from gradchain.transform import transform
 from gradchain.transforms._averages import move_average, start_average
 
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, inner
 
 

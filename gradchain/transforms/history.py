@@ -13,7 +13,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 from gradchain.transforms._numerics import shrinkage
 from gradchain.transforms.global_norm import measure_global_norm
 
@@ -146,7 +147,7 @@ def _factor(tensor: Tensor, group: Group) -> Tensor:
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:
-    """The percentile of what is finite; by hand, since ``vmap`` has no rule for ``torch.nanquantile``."""
+    """The percentile of what is finite; by hand, since ``vmap`` cannot map ``torch.nanquantile``."""
     ordered = values.sort().values  # what is finite first
     place = percent / 100 * (values.isfinite().sum() - 1).clamp_min(0).to(values.dtype)
     below, above = (ordered.gather(0, index.long().reshape(1)).squeeze(0) for index in (place.floor(), place.ceil()))

@@ -21,7 +21,8 @@ Source of all: Jaggi, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/
 import torch
 from torch import Tensor
 
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 from gradchain.transforms._numerics import unit
 
 

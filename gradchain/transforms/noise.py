@@ -13,7 +13,8 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Generator, Tensor
 
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 
 
 def _seeded(name: str) -> Callable[..., State]:

@@ -1,6 +1,6 @@
 r"""Euclidean projections: each returns the point of a set that is nearest to the tensor.
 
-They act on the whole (sub-)tensor, of any shape, unless they are elementwise.
+They act on the whole (sub-)tensor, of any shape, unless they act on each element.
 """
 
 import math
@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.transform import Group, State, compute_dtype, transform
+from gradchain.contract import Group, State, compute_dtype
+from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, inner, shorten
 
 

@@ -27,7 +27,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from gradchain._sharding import by_kind, collect, is_distributed, local
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 from gradchain.transforms.global_norm import measure_global_norm
 
 
@@ -134,6 +135,6 @@ def skip_large(
 def _require_few_in_a_row(state: State, **arguments: Any) -> None:
     if state["too_many"]:
         raise RuntimeError(
-            f"{int(state['in_a_row'])} steps in a row were skipped, more than allowed; look at the gradients, lower the "
-            "learning rate, or raise the limit of the transform that skips"
+            f"{int(state['in_a_row'])} steps in a row were skipped, more than allowed; look at the gradients, lower "
+            "the learning rate, or raise the limit of the transform that skips"
         )

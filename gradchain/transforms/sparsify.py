@@ -6,7 +6,8 @@ import torch
 from annotated_types import Ge, Le
 from torch import Generator, Tensor
 
-from gradchain.transform import Group, transform
+from gradchain.contract import Group
+from gradchain.transform import transform
 
 
 @transform

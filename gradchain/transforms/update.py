@@ -12,7 +12,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.transform import Group, State, transform
+from gradchain.contract import Group, State
+from gradchain.transform import transform
 
 
 @transform(acts_on="tensor")

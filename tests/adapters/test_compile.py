@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import gradchain as gc
 from gradchain import ParamTransformingOptimizer
-from gradchain.transform import Group
+from gradchain.contract import Group
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),

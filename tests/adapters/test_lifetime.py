@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import gradchain as g
 from gradchain import ParamTransformingOptimizer, attach, step_in_backward
-from gradchain.transform import Group
+from gradchain.contract import Group
 
 SLOTS: dict[str, Any] = {"pre": g.ema(0.9), "update": g.cautious(), "post": g.project_l2_ball(1.0)}
 

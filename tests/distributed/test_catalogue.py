@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, tensor
 
 import gradchain as gc
-from gradchain.transform import BoundTransform, Group, Stage
+from gradchain.bound import BoundTransform
+from gradchain.contract import Group
+from gradchain.stage import Stage
 from tests.cases import CASES
 from tests.distributed.common import BATCHES, Parameters, my_batches, sharded, step_gradients, train
 from tests.distributed.processes import Processes, join, parts

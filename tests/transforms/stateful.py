@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from gradchain import ParamTransformingOptimizer
-from gradchain.transform import Group, Stage, State
+from gradchain.contract import Group, State
+from gradchain.stage import Stage
 
 INNER: tuple[type[Optimizer], ...] = (SGD, Adam, RMSprop)
 

@@ -18,7 +18,7 @@ from gradchain import (
     project_l2_ball,
     with_error_feedback,
 )
-from gradchain.transform import Stage
+from gradchain.stage import Stage
 from tests.transforms.stateful import (
     CUTS,
     INNER,

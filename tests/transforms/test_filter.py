@@ -28,8 +28,8 @@ from gradchain import (
     transform,
     with_error_feedback,
 )
+from gradchain.stage import Stage
 from gradchain.testing import check_transform
-from gradchain.transform import Stage
 from tests.transforms.stateful import (
     CUTS,
     INNER,

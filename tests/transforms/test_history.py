@@ -11,7 +11,8 @@ from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
 from gradchain import ParamTransformingOptimizer, Transform, chain, clip_by_global_norm, clip_by_history, clip_by_zscore
-from gradchain.transform import BoundTransform, State
+from gradchain.bound import BoundTransform
+from gradchain.contract import State
 
 
 def clipped_norms(clip: BoundTransform, norms: list[float]) -> list[float]:

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.testing import assert_close
 
 from gradchain import Group, ParamTransformingOptimizer, add_noise, chain, dropout
-from gradchain.transform import Stage
+from gradchain.stage import Stage
 from tests.transforms.stateful import (
     CUTS,
     INNER,

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import gradchain as gc
 from gradchain import ParamTransformingOptimizer, Transform, broadcast
-from gradchain.transform import Group
+from gradchain.contract import Group
 from gradchain.transforms.global_norm import measure_global_norm
 
 # Equal elements, and of no power of two: added up one after the other, all roundings go the same way.

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import gradchain as gc
 from gradchain import Group, Transform, broadcast, chain
-from gradchain.transform import BoundTransform
+from gradchain.bound import BoundTransform
 from tests.strategies import pairs, tensors
 
 T = tensor([-2.0, 0.5, 3.0])

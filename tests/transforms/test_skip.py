@@ -22,7 +22,8 @@ from gradchain import (
     transform,
     with_error_feedback,
 )
-from gradchain.transform import BoundTransform, State
+from gradchain.bound import BoundTransform
+from gradchain.contract import State
 
 NAN = float("nan")
 INF = float("inf")

@@ -1,0 +1,383 @@
+"""What chains are made of: stages, with hyperparameters and, maybe, with state, for the tensors of an optimizer."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    cast,
+)
+
+from torch import Tensor
+
+from gradchain.contract import PLACE, Group, State, Transform, call_checked, is_same, locate, require_signature, show
+
+if TYPE_CHECKING:
+    from gradchain.bound import BoundTransform
+
+
+class Part(NamedTuple):
+    """A stage within a chain, and the tensors that it is for."""
+
+    stage: Stage
+    path: str
+    """How the keys of its states begin."""
+    numbers: Sequence[int]
+    """Which of the tensors it is for."""
+    places: tuple[str, ...]
+    """The words that say where it is, from the outside in."""
+
+    def states_of(self, states: State) -> State:
+        """Its own among all ``states`` of a tensor."""
+        return below(states, self.path)
+
+
+class Stage(ABC):
+    """What chains are made of: a transform with hyperparameters and, maybe, with state."""
+
+    hyperparameters: Mapping[str, Any]
+    """The default of every hyperparameter, by its key in a group."""
+
+    stateful: bool = False
+
+    shares_state: bool = False
+    """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
+
+    starts_early: bool = False
+    """Whether there is state that is to be made when an optimizer is constructed, and not in its first step."""
+
+    measures: bool = False
+    """Whether it has to see all tensors of the optimizer together."""
+
+    measures_shards: bool = False
+    """Whether it can measure distributed tensors."""
+
+    acts_on_each: bool = True
+    """Whether it acts on each tensor by itself, once all are measured."""
+
+    skip_keys: tuple[str, ...] = ()
+    """The keys of its state that say whether to call the step off."""
+
+    keeps_average: bool = False
+    """Whether its state holds an average of the parameter, to evaluate with."""
+
+    @property
+    @abstractmethod
+    def state_name(self) -> str:
+        """What its state is called within that of a chain, in checkpoints too."""
+
+    @abstractmethod
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+
+    @abstractmethod
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform all tensors of an optimizer, each with its group and state; nothing is written to."""
+
+    @abstractmethod
+    def check(self, group: Group) -> None:
+        """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
+
+    @abstractmethod
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The functions that it calls for each tensor."""
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """How many dimensions the parts of ``tensor`` have on which it acts, each by itself.
+
+        These are 0 for each element, and ``tensor.ndim`` for the whole tensor. None says that it acts on all tensors of
+        an optimizer together. It is empty where it leaves the tensor alone, and a combinator can have several.
+        """
+        return (tensor.ndim,)
+
+    def __call__(self, tensor: Tensor, group: Group | None = None, /) -> Tensor:
+        if self.stateful:
+            raise TypeError(
+                f"{show(self)} has a state, so a call needs and returns it: "
+                "state = t.init(tensor, group); tensor, state = t.update(tensor, group, state)"
+            )
+        return self.update(tensor, {} if group is None else group, {})[0]
+
+    def update(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, and return the result with the next state."""
+        (result,), (new_state,) = self.run([tensor], [group], [state])
+        return result, new_state
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, given what was measured of all."""
+        return self.update(tensor, group, state)
+
+    def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
+        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        return {}, state
+
+    def unit_ndim(self, ndim: int, group: Group) -> int | None:
+        """How many dimensions the sub-tensors have that it acts on, of a tensor of ``ndim``; None for the whole."""
+        return None
+
+    def split(
+        self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
+    ) -> Iterator[Part]:
+        """The stages that it is made of, in order, each with those of the tensors ``numbers`` that it is for."""
+        yield Part(self, path, numbers, places)
+
+    def shares(self, key: str) -> bool:
+        """Whether what its state has under ``key`` is one for all tensors."""
+        return False
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """The averages of ``param`` in its state, to evaluate with."""
+        return []
+
+    def after_skip(self, state: State) -> None:  # noqa: B027 # most skip nothing
+        """Raise where a step was called off that should not have been, given the state after it."""
+
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
+        """The stage with ``change(transform)`` for each transform that a factory made; itself if nothing changes."""
+        return self
+
+
+class Each(Stage):
+    """A stage that measures all tensors at most, and then acts on each by itself."""
+
+    def init(self, tensor: Tensor, group: Group) -> State:
+        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        return self.begin(self.start(tensor, group), group)
+
+    def start(self, tensor: Tensor, group: Group) -> Tensor:
+        """Where the state of a parameter ``tensor`` starts."""
+        return tensor
+
+    @abstractmethod
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """The first state that starts at ``tensor``."""
+
+    @abstractmethod
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Transform one tensor, given what was measured."""
+
+    def run(
+        self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Transform all tensors, one after the other."""
+        full = [(tensor, group) for tensor, group in zip(tensors, groups, strict=True) if tensor.numel()]
+        view: Group = {}
+        if full and self.measures:
+            view, state = self.measure([tensor for tensor, _ in full], full[0][1], states[0])
+            states = [state] * len(states) if self.shares_state else states
+        results, new_states = [], []
+        for tensor, group, state in zip(tensors, groups, states, strict=True):
+            try:
+                result, new_state = self.act(tensor, group | view, state)
+            except Exception as error:
+                if PLACE in group:
+                    locate(error, group[PLACE])
+                raise
+            results.append(result)
+            new_states.append(new_state)
+        return results, new_states
+
+
+class Function(Each):
+    """A plain callable, as a stage."""
+
+    def __init__(self, function: Transform) -> None:
+        self.function = function
+        self.hyperparameters = {}
+
+    @property
+    def state_name(self) -> str:
+        """There is no state to be named."""
+        return "function"
+
+    def begin(self, tensor: Tensor, group: Group) -> State:
+        """There is no state."""
+        return {}
+
+    def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        """Call the function."""
+        return call_checked(self.function, lambda: self.function(tensor, group), tensor, group), state
+
+    def check(self, group: Group) -> None:
+        """There are no hyperparameters."""
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The function."""
+        return [self.function]
+
+    def __eq__(self, other: object) -> bool:
+        return self.function == other.function if isinstance(other, Function) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+class Combinator(Stage):
+    """A stage made of others, its members."""
+
+    def __init__(self, members: Iterable[Transform]) -> None:
+        self.members = tuple(require_transform(m, f"member {i} of {self.name}") for i, m in enumerate(members))
+        self.stages: tuple[Stage, ...] = tuple(number_keys(map(as_stage, self.members)))
+        self.hyperparameters = merge_hyperparameters(self.places())
+        self.stateful = any(stage.stateful for stage in self.stages)
+        self.shares_state = any(stage.shares_state for stage in self.stages)
+        self.starts_early = any(stage.starts_early for stage in self.stages)
+        self.keeps_average = any(stage.keeps_average for stage in self.stages)
+        self.measures = any(stage.measures for stage in self.stages)
+        self.acts_on_each = not self.measures
+        self.keys = _state_keys(self.stages)
+        """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
+
+    name = "a combinator"
+
+    @property
+    def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of its members."""
+        return tuple(self.path(i) + key for i in self.keys for key in self.stages[i].skip_keys)
+
+    def shares(self, key: str) -> bool:
+        """Whether the member shares it whose state it is of."""
+        members = [(self.stages[index], self.path(index)) for index in self.keys]
+        return any(key.startswith(path) and stage.shares(key[len(path) :]) for stage, path in members)
+
+    def averages(self, state: State, param: Tensor) -> list[Tensor]:
+        """Those of its members."""
+        members = [(self.stages[index], below(state, self.path(index))) for index in self.keys]
+        return [average for stage, own in members for average in stage.averages(own, param)]
+
+    def path(self, index: int) -> str:
+        """How the keys of the state of a member begin."""
+        return f"{self.keys.get(index, f'#{index}')}."
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """Those of its members."""
+        return [function for stage in self.stages for function in stage.functions()]
+
+    def after_skip(self, state: State) -> None:
+        """Ask the members."""
+        for index in self.keys:
+            self.stages[index].after_skip(below(state, self.path(index)))
+
+    @property
+    def state_name(self) -> str:
+        """The name of the kind of combinator."""
+        return self.name
+
+    @abstractmethod
+    def rebuild(self, members: Sequence[Transform]) -> Combinator:
+        """The same with other members."""
+
+    def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
+        """The same with other members; itself if nothing changes."""
+        members = [member.replaced(change) if isinstance(member, Stage) else member for member in self.members]
+        return self if all(map(is_, members, self.members)) else self.rebuild(members)
+
+    def place(self, index: int) -> str:
+        """The words that say where a member is."""
+        return f"stage {index}, {show(self.members[index])}"
+
+    def places(self) -> list[tuple[str, Stage]]:
+        """The members, each with the words that say where it is."""
+        return [(self.place(index), stage) for index, stage in enumerate(self.stages)]
+
+    def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
+        """What its members act on; see ``Stage.units``."""
+        return tuple(dict.fromkeys(unit for stage in self.stages for unit in stage.units(tensor, group)))
+
+    def check(self, group: Group) -> None:
+        """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
+        for place, stage in self.places():
+            try:
+                stage.check(group)
+            except (TypeError, ValueError) as error:
+                locate(error, place)
+                raise
+
+
+def _state_keys(stages: Iterable[Stage]) -> dict[int, str]:
+    keys: dict[int, str] = {}
+    for index, stage in enumerate(stages):
+        if stage.stateful:
+            numbered = (f"{stage.state_name}_{number}" for number in itertools.count(2))
+            names = itertools.chain([stage.state_name], numbered)
+            keys[index] = next(name for name in names if name not in keys.values())
+    return keys
+
+
+def below(state: State, path: str) -> State:
+    """The part of a state whose keys begin with ``path``, without it."""
+    return {key[len(path) :]: value for key, value in state.items() if key.startswith(path)}
+
+
+def beneath(state: State, path: str) -> State:
+    """``state`` as a part of another one, whose keys begin with ``path``."""
+    return {path + key: value for key, value in state.items()}
+
+
+def as_stage(transform: Transform) -> Stage:
+    """``transform`` itself, or a plain callable as a stage."""
+    return transform if isinstance(transform, Stage) else Function(transform)
+
+
+def require_transform(value: object, place: str) -> Transform:
+    """Return ``value`` if it can be a transform; ``place`` says where it was given."""
+    if isinstance(value, list | tuple):
+        members = ", ".join(map(show, value))
+        raise TypeError(
+            f"{place} must be one transform, got a {type(value).__name__}; write chain({members}), without brackets"
+        )
+    if not callable(value):
+        raise TypeError(f"{place} must be a callable (tensor, group) -> tensor, got {value!r}")
+    if not isinstance(value, Stage):
+        if hasattr(value, "definition"):
+            raise TypeError(f"{place} is the factory {show(value)}, not a transform; call it: {show(value)}(...)")
+        require_signature(value, place)
+    return cast("Transform", value)
+
+
+def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[Stage]:
+    """The stages, in which no two transforms share the keys of their hyperparameters, unless a common name says so.
+
+    The first transform of a kind keeps its prefix, ``"scale"``, the second one gets ``"scale_2"``, and so on, without
+    the prefixes that are ``taken``. Those with a name of their own keep it.
+    """
+    stages, used = list(stages), set(taken)
+
+    def note(transform: BoundTransform) -> BoundTransform:
+        used.update({transform.prefix} if transform.is_named else ())
+        return transform
+
+    def number(transform: BoundTransform) -> BoundTransform:
+        if transform.is_named or transform.own_keys.keys() >= set(transform.definition.hyperparameters):
+            return transform
+        prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
+        free = next(prefix for prefix in prefixes if prefix not in used)
+        used.add(free)
+        return transform.named(free)
+
+    for stage in stages:
+        stage.replaced(note)
+    return [stage.replaced(number) for stage in stages]
+
+
+def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]:
+    """The hyperparameters of all stages; one key with two defaults is an error that names both places."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for place, stage in places:
+        for key, value in stage.hyperparameters.items():
+            known = merged.setdefault(key, value)
+            if value is not known and not is_same(value, known):
+                raise ValueError(
+                    f'the hyperparameter "{key}" has two defaults: {merged[key]!r} ({origin[key]}) and {value!r} '
+                    f"({place}). Give one of the two another name with .named(prefix)."
+                )
+            origin.setdefault(key, place)
+    return merged
