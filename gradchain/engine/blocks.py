@@ -17,16 +17,13 @@ from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
-    ABSENT,
     CONTEXT,
     NUMBER,
     STATE,
     VALUE,
     VIEW,
-    Kind,
     Traced,
-    is_same_value,
-    kind_of,
+    dependencies,
     trace_stages,
 )
 from gradchain.engine.writer import KINDS
@@ -65,7 +62,7 @@ class Programs(Operation):
             kind = signature(traced.trace), id(item.group), form.dtype, form.device
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
-        self.depends = self._dependencies()
+        self.depends = dependencies((items[number], traced) for number, traced in self.traced.items())
         self.reads_params = any(f"{CONTEXT}param" in traced.trace.inputs for traced in self.traced.values())
 
     def run(self, work: Pass) -> None:
@@ -171,23 +168,11 @@ class Programs(Operation):
         used = [item.form, *(value for key, value in item.context.items() if CONTEXT + key in trace.inputs)]
         return (
             self._bytes(number) >= 2 * BLOCK_BYTES
-            and len(trace.calls) > 1
+            and sum(trace.forms[call.results[0]][0] == shape for call in trace.calls) > 1
             and trace.is_pointwise
             and all(trace.forms[trace.inputs[name]][0] == shape for name in trace.outputs)
             and all(local_part(value).is_contiguous() for value in used)
         )
-
-    def _dependencies(self) -> list[Callable[[], bool]]:
-        """What has to hold so that the traces hold."""
-        found: dict[Any, Callable[[], bool]] = {}
-        for number, traced in self.traced.items():
-            group = self.items[number].group
-            for reading in traced.readings:
-                found[id(reading.read), id(reading.value)] = reading.holds
-            for key, value in traced.keys.items():
-                if key not in self.items[number].identity:
-                    found[id(group), key, id(value)] = partial(_has, group, key, value)
-        return list(found.values())
 
     def reader(self, name: str, numbers: Sequence[int], trace: Trace, *, single: bool) -> Callable[[Pass], Any]:
         """What gets the input ``name`` of a program for the tensors ``numbers``."""
@@ -354,8 +339,3 @@ def _cost(call: Call) -> float:
     if name in FOREACH:
         return 0.6
     return 2.0 if name == "norm" and len(call.args) <= 2 else 1.0 if name in VIEWS else 4.0
-
-
-def _has(group: Any, key: str, value: Any) -> bool:
-    now = group.get(key, ABSENT)
-    return is_same_value(kind_of(now) if type(value) is Kind else now, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.contract import CONTEXT, PLACE, Group, State, locate
-from gradchain.engine.trace import without_data
+from gradchain.engine.trace import META, without_data
+from gradchain.engine.traced import Traced, dependencies
 from gradchain.stage import Part, Stage
 
 View: TypeAlias = dict[str, Any]
@@ -46,11 +47,17 @@ class Item(NamedTuple):
         """The group, with the keys of the parameter."""
         return self.group | self.identity
 
-    def of_whole(self) -> Item:
-        """The same with plain tensors, without data, of the shape of the whole of what is distributed."""
-        context = {key: without_data(value) for key, value in self.context.items()}
-        states = {key: without_data(value) for key, value in self.states.items()}
-        return self._replace(form=without_data(self.form), context=context, states=states)
+    def of_shape(self, shape: tuple[int, ...]) -> Item:
+        """The same with plain tensors without data, those like ``form`` of another shape."""
+        of_form = self.form.shape
+
+        def plain(value: Tensor) -> Tensor:
+            size = shape if value.shape == of_form else value.shape
+            return torch.empty(size, dtype=value.dtype, device=META)
+
+        context = {key: plain(value) for key, value in self.context.items()}
+        states = {key: plain(value) for key, value in self.states.items()}
+        return self._replace(form=plain(self.form), context=context, states=states)
 
 
 @dataclass
@@ -157,17 +164,15 @@ class AsItIs(Operation):
 
     Args:
         reason: Why it is no program.
-        gathers: Whether the whole of a distributed tensor is gathered for it.
     """
 
-    def __init__(
-        self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str, *, gathers: bool = False
-    ) -> None:
+    gathers = False
+
+    def __init__(self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str) -> None:
         super().__init__(slot, [part], items)
         self.part = part
         self.view = view
         self.reason = reason
-        self.gathers = gathers
 
     def run(self, work: Pass) -> None:
         for number in self.numbers:
@@ -181,7 +186,7 @@ class AsItIs(Operation):
         part, item, given = self.part, self.items[number], work.tensors[number]
         see = gather if self.gathers else partial(local_part, like=given)
         tensor = see(given).detach()
-        context = {key: see(work.context[key][number]).detach() for key in item.context}
+        context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
         result, new_state = part.stage.act(tensor, item.full_group | self.view | context, state)
@@ -194,12 +199,40 @@ class AsItIs(Operation):
             # A result that is a view of the tensor, such as its transpose, must be read before.
             tensor.copy_(result.clone() if _storage(result) == _storage(tensor) else result)
 
+    def context_of(self, number: int) -> Iterable[str]:
+        """The keys of the context that it gets."""
+        return self.items[number].context
+
     @property
     def how(self) -> str:
         return f"as it is: {self.reason}"
 
     def describe(self) -> str:
         return f"as it is, {count(self.numbers)}: {self.reason}"
+
+
+class Gathering(AsItIs):
+    """A function that needs the whole of distributed tensors, which all processes gather.
+
+    Args:
+        traced: What is known of it for the whole tensors, where it can be traced.
+    """
+
+    gathers = True
+
+    def __init__(
+        self, slot: str, part: Part, items: Sequence[Item], view: View, traced: Mapping[int, Traced | None]
+    ) -> None:
+        super().__init__(slot, part._replace(numbers=list(traced)), items, view, "needs the whole of sharded tensors")
+        self.traced = traced
+        self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
+
+    def holds(self) -> bool:
+        return all(holds() for holds in self.depends)
+
+    def context_of(self, number: int) -> Iterable[str]:
+        traced = self.traced[number]
+        return [key for key in self.items[number].context if traced is None or traced.reads(key)]
 
 
 class Measure(Operation):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradchain._sharding import has_whole_units, is_distributed, is_placed_like
+from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Item, Jointly, Measure, Operation, Pass, View, located
-from gradchain.engine.traced import ABSENT, NotedGroup, UntracedStage, is_same_value, trace_stages
+from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, located
+from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
 
@@ -146,33 +146,48 @@ class Plan:
                 measure = Measure(self.slot, part, self.items)
                 views[part.path] = measure.view
                 yield measure
-            whole = [i for i in acting if is_distributed(self.items[i].form) and self._needs_whole(part, i, views)]
-            if whole:
+            gathered = self._gathered(part, acting, views)
+            if gathered:
                 yield from self._programs(stretch, views)
                 stretch = []
-                view, reason = views.get(part.path, {}), "needs the whole of sharded tensors"
-                yield AsItIs(self.slot, part._replace(numbers=whole), self.items, view, reason, gathers=True)
-            stretch.append(part._replace(numbers=[i for i in acting if i not in set(whole)]))
+                yield Gathering(self.slot, part, self.items, views.get(part.path, {}), gathered)
+            stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
             if not fused:
                 yield from self._programs(stretch, views)
                 stretch = []
         yield from self._programs(stretch, views)
 
-    def _needs_whole(self, part: Part, number: int, views: Mapping[str, View]) -> bool:
-        """Whether what the processes have of a distributed tensor does not suffice for a stage."""
-        item = self.items[number]
+    def _gathered(self, part: Part, numbers: Sequence[int], views: Mapping[str, View]) -> dict[int, Traced | None]:
+        """The distributed tensors of which a stage needs the whole, each with the trace for that, if there is one.
+
+        What this says is the same in all processes, or some would wait for others that gather nothing. So it depends on
+        the whole, and on what any process can have of it.
+        """
+        found: dict[int, Traced | None] = {}
+        for number in numbers:
+            item = self.items[number]
+            if is_distributed(item.form):
+                try:
+                    whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
+                    if not self._suits_shards(part, item, whole, views):
+                        found[number] = whole
+                except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
+                    found[number] = None
+        return found
+
+    def _suits_shards(self, part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
+        """Whether a stage does to what each process has of a distributed tensor what it does to the whole."""
+        form, ndim = item.form, item.form.ndim
         states = part.states_of(item.states).values() if not part.stage.shares_state else ()
-        unit_ndim = part.stage.unit_ndim(item.form.ndim, item.full_group)
-        split = 0 if unit_ndim is None else item.form.ndim - unit_ndim
-        if has_whole_units(item.form, split) and all(is_placed_like(state, item.form, split) for state in states):
+        unit_ndim = part.stage.unit_ndim(ndim, item.full_group)
+        split = 0 if unit_ndim is None else ndim - unit_ndim
+        if has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in states):
+            return True
+        if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
             return False
-        if not all(is_placed_like(state, item.form, item.form.ndim) for state in states):
-            return True
-        try:
-            mine, whole = (trace_stages([part], each, views).trace for each in (item, item.of_whole()))
-        except UntracedStage:
-            return True
-        return not (whole.is_pointwise and mine.calls_alike(whole))
+        shapes = shapes_of_parts(form) if whole.trace.is_pointwise else ()
+        traces = [trace_stages([part], item.of_shape(shape), views).trace for shape in shapes]
+        return bool(traces) and all(trace.calls_alike(whole.trace) for trace in traces)
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,9 +37,12 @@ class Traced(NamedTuple):
     def holds(self, group: Group) -> bool:
         """Whether it is a trace for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
-            is_same_value(kind_of(group.get(key, ABSENT)) if type(value) is Kind else group.get(key, ABSENT), value)
-            for key, value in self.keys.items()
+            _has(group, key, value) for key, value in self.keys.items()
         )
+
+    def reads(self, key: str) -> bool:
+        """Whether the stages read ``key`` of the context."""
+        return CONTEXT + key in self.trace.inputs
 
 
 class Kind(NamedTuple):
@@ -269,10 +273,27 @@ class _Attempt:
         return torch.empty_strided(shape, stride, dtype=value.dtype, device=META)
 
 
+def dependencies(traced: Iterable[tuple[Item, Traced]]) -> list[Callable[[], bool]]:
+    """What has to hold so that traces hold, of which each is for an item."""
+    found: dict[Any, Callable[[], bool]] = {}
+    for item, each in traced:
+        for reading in each.readings:
+            found[id(reading.read), id(reading.value)] = reading.holds
+        for key, value in each.keys.items():
+            if key not in item.identity:
+                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value)
+    return list(found.values())
+
+
+def _has(group: Group, key: str, value: Any) -> bool:
+    now = group.get(key, ABSENT)
+    return is_same_value(kind_of(now) if type(value) is Kind else now, value)
+
+
 def form_of(value: Any) -> Any:
-    """All that a trace depends on of a tensor."""
+    """All that a trace depends on of a tensor: not its device, since tensors in a trace have no data."""
     value = local_part(value)
-    return tuple(value.shape), value.stride(), value.dtype, value.device
+    return tuple(value.shape), value.stride(), value.dtype
 
 
 def _reason(error: Exception) -> str:
