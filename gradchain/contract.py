@@ -48,7 +48,7 @@ FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
 
 
-PLACE = "place"
+PLACE = "gradchain.place"
 """The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
+from gradchain.contract import locate
 from gradchain.engine.operations import Item, Operation, Pass, View, count
 from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
@@ -66,8 +67,12 @@ class Programs(Operation):
 
     def run(self, work: Pass) -> None:
         keeps_states = work.keeps_states or self.precedes_skip
-        for block in self.blocks:
-            block.run(work, keeps_states)
+        try:
+            for block in self.blocks:
+                block.run(work, keeps_states)
+        except Exception as error:  # as where there is no memory left
+            locate(error, self.slot)
+            raise
 
     def holds(self) -> bool:
         return all(holds() for holds in self.depends)

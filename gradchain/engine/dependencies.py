@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import math
@@ -17,6 +18,8 @@ from gradchain.engine.trace import NotTraceable
 
 _MISSING = object()
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, type, Tensor)
+_WRITES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
+_TALKS = ("print", "breakpoint", "input", "open")
 _TRUSTED = ("torch", "gradchain", "math", "operator", "typing", "builtins", "annotated_types")
 
 
@@ -35,7 +38,7 @@ def readings(function: Callable[..., Any]) -> list[Reading]:
     """The variables from outside that ``function``, and what it calls, reads.
 
     Raises:
-        NotTraceable: One of them is an object that can change without notice.
+        NotTraceable: One of them is an object that can change without notice, or the function writes to one.
     """
     found: list[Reading] = []
     open_, seen = [function], set()
@@ -52,6 +55,8 @@ def readings(function: Callable[..., Any]) -> list[Reading]:
             raise NotTraceable(
                 f"calls {type(each).__name__} {getattr(each, '__name__', '')!r}, whose code is not known"
             )
+        if effect := _effect(each.__code__):
+            raise NotTraceable(effect)
         for name, read in _variables(each):
             value = read()
             if value is _MISSING:
@@ -80,6 +85,20 @@ def _require_constant(name: str, value: Any) -> None:
             _require_constant(name, each)
     elif not isinstance(value, _CONSTANTS):
         raise NotTraceable(f"reads {name}, a {type(value).__name__}, which can change without notice")
+
+
+@functools.lru_cache(maxsize=1024)
+def _effect(code: CodeType, own: frozenset[str] = frozenset()) -> str | None:
+    """What code does besides to return something, in words: a program of its operations would not do it."""
+    own |= {*code.co_varnames, *code.co_cellvars}
+    for instruction in dis.get_instructions(code):
+        name, operation = instruction.argval, instruction.opname
+        if operation in _WRITES and not (operation.endswith("_DEREF") and name in own):
+            return f"writes to the variable {name} from outside"
+        if operation == "LOAD_GLOBAL" and name in _TALKS:
+            return f"calls {name}"
+    inner = (_effect(constant, own) for constant in code.co_consts if isinstance(constant, CodeType))
+    return next(filter(None, inner), None)
 
 
 def _variables(function: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

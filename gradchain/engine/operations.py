@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -123,19 +123,40 @@ class Operation(ABC):
         """Whether what it depends on besides the tensors is as it was."""
         return True
 
-    def fail(self, error: Exception, part: Part, number: int | None = None) -> NoReturn:
-        """Raise ``error``, saying which stage it was, and which parameter."""
-        if not isinstance(error, SkippedStep):
-            raise_located(error, self.slot, part, None if number is None else self.items[number])
-        raise error
+    def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
+        """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
+        # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
+        flags = {
+            id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
+        }
+        # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
+        if not flags or not bool(torch.stack(list(flags.values())).any()):
+            return
+
+        def keep_counters() -> None:
+            for old, new in states:
+                for key in stage.skip_keys:
+                    path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
+                    put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
+            try:
+                for _, new in states:
+                    stage.after_skip(new)
+            except Exception as error:
+                locate(error, self.slot)
+                raise
+
+        raise SkippedStep(keep_counters)
 
 
-def raise_located(error: Exception, slot: str, part: Part, item: Item | None = None) -> NoReturn:
-    """Raise ``error``, saying in which slot, for which parameter and in which stage it was."""
+def located(error: Exception, slot: str, part: Part, item: Item | None = None) -> Exception:
+    """``error``, saying in which slot, for which parameter and in which stage it was.
+
+    It is not raised here: the frame of this function would refer to it, and it to the frame.
+    """
     for place in reversed(part.places):
         locate(error, place)
     locate(error, slot if item is None else f"{slot}, {item.place}")
-    raise error
+    return error
 
 
 class AsItIs(Operation):
@@ -158,7 +179,8 @@ class AsItIs(Operation):
             try:
                 self._run_one(work, number)
             except Exception as error:
-                self.fail(error, self.part, number)
+                located(error, self.slot, self.part, self.items[number])
+                raise
 
     def _run_one(self, work: Pass, number: int) -> None:
         part, item, given = self.part, self.items[number], work.tensors[number]
@@ -250,10 +272,11 @@ class Measure(Operation):
         try:
             view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception as error:
-            self.fail(error, self.part)
+            located(error, self.slot, self.part)
+            raise
         self.view.update(view)
         if self.states:
-            raise_if_skipped(self.part.stage, [(old, new_state)])
+            self.raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
 
     @property
@@ -289,11 +312,12 @@ class Jointly(Operation):
         try:
             results, new_states = self.part.stage.run(tensors, groups, states)
         except Exception as error:
-            self.fail(error, self.part)
+            located(error, self.slot, self.part)
+            raise
         inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
         olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
         pairs = [(old, own(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
-        raise_if_skipped(self.part.stage, pairs)
+        self.raise_if_skipped(self.part.stage, pairs)
         work.commits += [partial(put_states, old, new) for old, new in pairs]
         for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
             if result is not tensor and tensor.numel():
@@ -324,27 +348,6 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
             put(value, old[key])
         elif (mine := local(old[key])).numel():
             mine.copy_(value)
-
-
-def raise_if_skipped(stage: Stage, states: Sequence[tuple[State, State]]) -> None:
-    """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
-    # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
-    flags = {
-        id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
-    }
-    # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
-    if not flags or not bool(torch.stack(list(flags.values())).any()):
-        return
-
-    def keep_counters() -> None:
-        for old, new in states:
-            for key in stage.skip_keys:
-                path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
-                put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
-        for _, new in states:
-            stage.after_skip(new)
-
-    raise SkippedStep(keep_counters)
 
 
 def own(state: State, *inputs: Tensor) -> State:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, raise_located
+from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, located
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
@@ -92,11 +92,12 @@ class Plan:
         values = [item.group.get(key) for _, item, key in self._checks]
         if len(values) == len(self._values) and all(map(is_, values, self._values)):
             return
-        for part, item in {id(item.group): (part, item) for part, item, _ in self._checks}.values():
+        for part, item in {(part.path, id(item.group)): (part, item) for part, item, _ in self._checks}.values():
             try:
                 part.stage.check(item.group)
             except Exception as error:
-                raise_located(error, self.slot, part, item)
+                located(error, self.slot, part, item)
+                raise
         self._values = values
 
     def run(self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool) -> Pass:
@@ -133,7 +134,7 @@ class Plan:
             acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
             for i in acting:
                 if self.items[i].form.layout is not torch.strided:
-                    raise_located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+                    raise located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
             if not acting:
                 continue
             if part.stage.measures:

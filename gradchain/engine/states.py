@@ -268,7 +268,7 @@ class TransformStates:
     def keep_fitting(self, slot: str, stage: Chain, members: Iterable[Member]) -> tuple[set[str], set[str]]:
         """Keep those states of a slot that the chain has a transform for, in the dtypes that it gives them.
 
-        Returns the names of transforms whose states are dropped, and of those that have lost digits in another dtype.
+        Returns how the keys of states begin that are dropped, and of those that have lost digits in another dtype.
         """
         dropped, rounded = set(), set()
         for member in members:
@@ -277,7 +277,7 @@ class TransformStates:
             first = first_state(slot, stage, member) if known else {}
             for path in {key.rpartition(".")[0] for key in known}:
                 mine, wanted = below(known, f"{path}."), below(first, f"{path}.")
-                if mine.keys() != wanted.keys() or any(mine[key].shape != wanted[key].shape for key in wanted):
+                if mine.keys() != wanted.keys() or not all(_has_shape(mine[key], wanted[key].shape) for key in wanted):
                     dropped.add(path)
                     for key in mine:
                         del states[f"{path}.{key}"]
@@ -325,6 +325,10 @@ def _require_like(state: State, expected: State) -> None:
         if not isinstance(value, Tensor) or _kind(value) != _kind(first):
             got = f"one of shape {_kind(value)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{key!r} must be a tensor of shape {_kind(first)}, got {got}")
+
+
+def _has_shape(value: object, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
 
 
 def _is_rounded(value: Tensor, expected: Tensor) -> bool:

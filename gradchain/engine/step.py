@@ -120,6 +120,10 @@ class Engine:
         self.chains()
         self.note_keys()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is worked out, which is made anew."""
+        return self.__dict__ | {"_plans": None, "_roster": None}
+
     @property
     def owner(self) -> Owner:
         """What the chains belong to."""
@@ -144,7 +148,7 @@ class Engine:
         for slot in SLOTS:
             found = self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
             for keys, known in zip((dropped, rounded), found, strict=True):
-                keys += [f"{slot} {key}" for key in sorted(known)]
+                keys += sorted(known)
         loaded = f"{type(inner_opt).__name__} has loaded states of transforms among its own"
         if dropped:
             warnings.warn(
@@ -339,7 +343,7 @@ class Engine:
             )
         plan = Plan(slot, stage, items, fused=self.fused)
         if plan.skips and slot != "pre":
-            raise ValueError(f"{getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
+            raise ValueError(f"{slot}: {getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
         return plan
 
 

@@ -143,7 +143,8 @@ def clip_by_zscore(
 
 def _factor(tensor: Tensor, group: Group) -> Tensor:
     """What makes the limit of a norm above it, with the device and the dtype of ``tensor``."""
-    return shrinkage(group["length"], group["limit"]).to(tensor.device, tensor.real.dtype)
+    limit = _positive(group["limit"])  # of zeros, so that the factor has a derivative
+    return shrinkage(group["length"], limit).to(tensor.device, tensor.real.dtype)
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:
