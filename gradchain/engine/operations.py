@@ -52,12 +52,18 @@ class Item(NamedTuple):
         of_form = self.form.shape
 
         def plain(value: Tensor) -> Tensor:
-            size = shape if value.shape == of_form else value.shape
-            return torch.empty(size, dtype=value.dtype, device=META)
+            if value.shape != of_form:
+                return whole_without_data(value)
+            return torch.empty(shape, dtype=value.dtype, device=META)
 
         context = {key: plain(value) for key, value in self.context.items()}
         states = {key: plain(value) for key, value in self.states.items()}
         return self._replace(form=plain(self.form), context=context, states=states)
+
+
+def whole_without_data(value: Tensor) -> Tensor:
+    """A plain tensor without data, of the shape that a distributed tensor has in all processes together."""
+    return torch.empty(value.shape, dtype=value.dtype, device=META) if is_distributed(value) else without_data(value)
 
 
 @dataclass
@@ -254,9 +260,12 @@ class Measure(Operation):
         self.cannot_raise = self._rehearse()
 
     def _rehearse(self) -> bool:
-        """Measure tensors without data, so that what comes after it can be traced; whether that was possible."""
-        tensors = [without_data(local(self.items[i].form)) for i in self.acting]
-        state = {key: without_data(local(value)) for key, value in (self.states or [{}])[0].items()}
+        """Measure tensors without data, so that what comes after it can be traced; whether that was possible.
+
+        They have the shapes of the whole: a process can have no elements, of which not everything can be measured.
+        """
+        tensors = [whole_without_data(self.items[i].form) for i in self.acting]
+        state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
             view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception:  # it needs the data, so what comes after it runs as it is

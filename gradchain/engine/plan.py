@@ -169,10 +169,11 @@ class Plan:
             if is_distributed(item.form):
                 try:
                     whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
-                    if not self._suits_shards(part, item, whole, views):
-                        found[number] = whole
                 except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
                     found[number] = None
+                else:
+                    if not self._suits_shards(part, item, whole, views):
+                        found[number] = whole
         return found
 
     def _suits_shards(self, part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
@@ -185,9 +186,11 @@ class Plan:
             return True
         if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
             return False
-        shapes = shapes_of_parts(form) if whole.trace.is_pointwise else ()
-        traces = [trace_stages([part], item.of_shape(shape), views).trace for shape in shapes]
-        return bool(traces) and all(trace.calls_alike(whole.trace) for trace in traces)
+        try:
+            parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
+            return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
+        except UntracedStage:
+            return False
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
