@@ -363,7 +363,7 @@ class Definition:
         self.function = function
         self.init = init
         self.start = start
-        self.acts_on = acts_on
+        self.acts_on: ActsOn = acts_on
         self.measure = measure
         self.measures_shards = measures_shards
         self.average = average

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradchain._sharding import is_distributed, local
+
 TensorGuards: Any = None
 """What ``torch.compile`` asks in every call. It takes a tenth of a microsecond for each tensor; it is not public."""
 with contextlib.suppress(ImportError):
@@ -39,6 +41,22 @@ class Forms:
         if self._guards is not None:
             return bool(self._guards.check(*present))  # False too where one of them is None
         return all(tensor is not None for tensor in present) and list(map(_form, present)) == self._forms
+
+
+def like_without_memory(grad: Any, param: Any) -> Any:
+    """A tensor of the form of ``grad`` that keeps none of its memory: a plan is there for longer than a gradient."""
+    alike = [local(each).stride() for each in (grad, param)] + [(each.shape, each.dtype) for each in (grad, param)]
+    if alike[0] == alike[1] and alike[2] == alike[3] and _placements(grad) == _placements(param):
+        return param
+    if type(grad) is not Tensor or torch.compiler.is_compiling():
+        return grad
+    empty = torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=grad.device)
+    empty.untyped_storage().resize_(0)
+    return empty
+
+
+def _placements(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_distributed(tensor) else None
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:

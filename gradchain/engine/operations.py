@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.contract import CONTEXT, PLACE, Group, State, locate
 from gradchain.engine.trace import META, without_data
-from gradchain.engine.traced import Traced, dependencies
+from gradchain.engine.traced import Traced, dependencies, seen_by
 from gradchain.stage import Part, Stage
 
 View: TypeAlias = dict[str, Any]
@@ -195,7 +195,8 @@ class AsItIs(Operation):
         context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        result, new_state = part.stage.act(tensor, item.full_group | self.view | context, state)
+        group = item.full_group | self.view | seen_by(part.stage, tensor, context)
+        result, new_state = part.stage.act(tensor, group, state)
         if states:
             owned = own(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))

@@ -22,7 +22,7 @@ from gradchain._units import list_stages
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate
-from gradchain.engine.forms import Forms
+from gradchain.engine.forms import Forms, like_without_memory
 from gradchain.engine.groups import (
     check_group,
     check_support,
@@ -324,13 +324,12 @@ class Engine:
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
         for member, grad, takes in zip(roster.members, grads, takes_part, strict=True):
-            param = member.param.detach()
-            given = (
-                {"param": param} if grad is None or grad.layout is not torch.strided else {"param": param, "grad": grad}
-            )
+            given = {"param": member.param}
+            if grad is not None and grad.layout is torch.strided:
+                given["grad"] = like_without_memory(grad, member.param)
             items.append(
                 Item(
-                    form=grad if slot == "pre" and grad is not None else param,
+                    form=given.get("grad", grad) if slot == "pre" and grad is not None else member.param,
                     group=member.group,
                     identity=member.identity(slot),
                     param=member.param,

@@ -15,7 +15,7 @@ from gradchain._sharding import local_part
 from gradchain.contract import Group, compute_dtype, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
-from gradchain.stage import Part
+from gradchain.stage import Combinator, Part, Stage
 
 if TYPE_CHECKING:
     from gradchain.engine.operations import Item, View
@@ -255,7 +255,7 @@ class _Attempt:
             self.group.numbers.clear()
             start = STATE + part.path
             state = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
-            group = self.group | context | self.views[part.path]
+            group = self.group | seen_by(part.stage, tensor, context) | self.views[part.path]
             tensor, new_state = part.stage.act(tensor, group, state)
             outputs |= {start + key: value for key, value in new_state.items()}
         return {TENSOR: tensor, **outputs}
@@ -271,6 +271,11 @@ class _Attempt:
         if self.count is not None:
             shape, stride = (self.count, *shape), (value.numel(), *stride)
         return torch.empty_strided(shape, stride, dtype=value.dtype, device=META)
+
+
+def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The context for a stage. Masks within one that holds others choose by the parameter, in ``post`` too."""
+    return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
 
 
 def dependencies(traced: Iterable[tuple[Item, Traced]]) -> list[Callable[[], bool]]:
