@@ -62,6 +62,8 @@ class Pass:
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
     commits: list[Callable[[], None]] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict)
+    """What was measured, by the path of the stage that measures."""
 
     def commit(self) -> None:
         """Put the new states in place of the old ones."""
@@ -138,11 +140,10 @@ class AsItIs(Operation):
     """
 
     def __init__(
-        self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str, *, gathers: bool = False
+        self, slot: str, part: Part, items: Sequence[Item], reason: str, *, gathers: bool = False
     ) -> None:
         super().__init__(slot, [part], items)
         self.part = part
-        self.view = view
         self.reason = reason
         self.gathers = gathers
 
@@ -160,7 +161,7 @@ class AsItIs(Operation):
         context = {key: see(work.context[key][number]).detach() for key in item.context}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        result, new_state = part.stage.act(tensor, item.full_group | self.view | context, state)
+        result, new_state = part.stage.act(tensor, item.full_group | work.views.get(part.path, {}) | context, state)
         if states:
             owned = own(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
@@ -182,7 +183,7 @@ class Measure(Operation):
     """What a transform measures of all tensors, for the stage that then acts on each.
 
     Attributes:
-        view: What was measured; before the first step, tensors of the same form without data.
+        view: Tensors without data, of the form of what it measures.
     """
 
     def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
@@ -215,7 +216,7 @@ class Measure(Operation):
             view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception as error:
             self.fail(error, self.part)
-        self.view.update(view)
+        work.views[self.part.path] = view
         if self.states:
             raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
@@ -313,13 +314,13 @@ def raise_if_skipped(stage: Stage, states: Sequence[tuple[State, State]]) -> Non
 
 def own(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
-    if torch.compiler.is_compiling():  # where storages have no address
-        return {key: v.clone() if any(v is tensor for tensor in inputs) else v for key, v in state.items()}
     storages = set(map(_storage, inputs)) - {None}
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
 
 
 def _storage(tensor: Tensor) -> int | None:
+    if torch.compiler.is_compiling():  # where storages have no address, but copies that nothing needs are left out
+        return 0
     tensor = local(tensor)
     is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
     return tensor.untyped_storage().data_ptr() if is_known else None

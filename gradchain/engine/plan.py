@@ -38,9 +38,9 @@ class Plan:
         self.items = items
         self.has_run = False
         groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
-        noted = [] if torch.compiler.is_compiling() else list(map(NotedGroup, groups))
+        noted = list(map(NotedGroup, groups))
         try:
-            self.parts = list(stage.split(noted or groups, range(len(items)), f"{slot}."))
+            self.parts = list(stage.split(noted, range(len(items)), f"{slot}."))
         except Exception as error:
             locate(error, slot)
             raise
@@ -49,7 +49,7 @@ class Plan:
                 self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
-            for item, group in zip(items, noted, strict=False)
+            for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
             if key not in item.identity and key != "param"
         ]
@@ -147,8 +147,8 @@ class Plan:
             if whole:
                 yield from self._programs(stretch, views)
                 stretch = []
-                view, reason = views.get(part.path, {}), "needs the whole of sharded tensors"
-                yield AsItIs(self.slot, part._replace(numbers=whole), self.items, view, reason, gathers=True)
+                reason = "needs the whole of sharded tensors"
+                yield AsItIs(self.slot, part._replace(numbers=whole), self.items, reason, gathers=True)
             stretch.append(part._replace(numbers=[i for i in acting if i not in set(whole)]))
             if not fused:
                 yield from self._programs(stretch, views)
@@ -175,16 +175,12 @@ class Plan:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
         if not parts:
             return
-        if torch.compiler.is_compiling():  # the compiler makes a program of all of it, and better ones
-            for part in parts:
-                yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), "is compiled")
-            return
         try:
             yield Programs(self.slot, parts, self.items, views)
         except UntracedStage as untraced:
             part = parts[untraced.position]
             yield from self._programs(parts[: untraced.position], views)
-            yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), untraced.reason)
+            yield AsItIs(self.slot, part, self.items, untraced.reason)
             yield from self._programs(parts[untraced.position + 1 :], views)
 
 
