@@ -75,6 +75,8 @@ class Pass:
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
     commits: list[Callable[[], None]] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict)
+    """What was measured, by the path of the stage that measures."""
 
     def commit(self) -> None:
         """Put the new states in place of the old ones."""
@@ -174,10 +176,9 @@ class AsItIs(Operation):
 
     gathers = False
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[Item], reason: str) -> None:
         super().__init__(slot, [part], items)
         self.part = part
-        self.view = view
         self.reason = reason
 
     def run(self, work: Pass) -> None:
@@ -195,7 +196,7 @@ class AsItIs(Operation):
         context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        group = item.full_group | self.view | seen_by(part.stage, tensor, context)
+        group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
         result, new_state = part.stage.act(tensor, group, state)
         if states:
             owned = own(new_state, tensor, *context.values())
@@ -227,10 +228,8 @@ class Gathering(AsItIs):
 
     gathers = True
 
-    def __init__(
-        self, slot: str, part: Part, items: Sequence[Item], view: View, traced: Mapping[int, Traced | None]
-    ) -> None:
-        super().__init__(slot, part._replace(numbers=list(traced)), items, view, "needs the whole of sharded tensors")
+    def __init__(self, slot: str, part: Part, items: Sequence[Item], traced: Mapping[int, Traced | None]) -> None:
+        super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
 
@@ -246,7 +245,7 @@ class Measure(Operation):
     """What a transform measures of all tensors, for the stage that then acts on each.
 
     Attributes:
-        view: What was measured; before the first step, tensors of the same form without data.
+        view: Tensors without data, of the form of what it measures.
     """
 
     def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
@@ -284,7 +283,7 @@ class Measure(Operation):
         except Exception as error:
             located(error, self.slot, self.part)
             raise
-        self.view.update(view)
+        work.views[self.part.path] = view
         if self.states:
             self.raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
@@ -362,13 +361,13 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 def own(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
-    if torch.compiler.is_compiling():  # where storages have no address
-        return {key: v.clone() if any(v is tensor for tensor in inputs) else v for key, v in state.items()}
     storages = set(map(_storage, inputs)) - {None}
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
 
 
 def _storage(tensor: Tensor) -> int | None:
+    if torch.compiler.is_compiling():  # where storages have no address, but copies that nothing needs are left out
+        return 0
     tensor = local(tensor)
     is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
     return tensor.untyped_storage().data_ptr() if is_known else None

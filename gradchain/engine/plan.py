@@ -39,9 +39,9 @@ class Plan:
         self.items = items
         self.has_run = False
         groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
-        noted = [] if torch.compiler.is_compiling() else list(map(NotedGroup, groups))
+        noted = list(map(NotedGroup, groups))
         try:
-            self.parts = list(stage.split(noted or groups, range(len(items)), f"{slot}."))
+            self.parts = list(stage.split(noted, range(len(items)), f"{slot}."))
         except Exception as error:
             locate(error, slot)
             raise
@@ -50,7 +50,7 @@ class Plan:
                 self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
-            for item, group in zip(items, noted, strict=False)
+            for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
             if key not in item.identity and key != "param"
         ]
@@ -150,7 +150,7 @@ class Plan:
             if gathered:
                 yield from self._programs(stretch, views)
                 stretch = []
-                yield Gathering(self.slot, part, self.items, views.get(part.path, {}), gathered)
+                yield Gathering(self.slot, part, self.items, gathered)
             stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
             if not fused:
                 yield from self._programs(stretch, views)
@@ -196,16 +196,12 @@ class Plan:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
         if not parts:
             return
-        if torch.compiler.is_compiling():  # the compiler makes a program of all of it, and better ones
-            for part in parts:
-                yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), "is compiled")
-            return
         try:
             yield Programs(self.slot, parts, self.items, views)
         except UntracedStage as untraced:
             part = parts[untraced.position]
             yield from self._programs(parts[: untraced.position], views)
-            yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), untraced.reason)
+            yield AsItIs(self.slot, part, self.items, untraced.reason)
             yield from self._programs(parts[untraced.position + 1 :], views)
 
 
