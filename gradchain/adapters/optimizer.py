@@ -578,4 +578,5 @@ def _traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
         return operator.methodcaller("step")
     while hasattr(step, "__wrapped__") and step.__code__.co_filename == _WRAPS_STEPS:
         step = step.__wrapped__
-    return step
+    unwrapped: Callable[..., Any] = step
+    return unwrapped
