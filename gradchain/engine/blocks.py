@@ -184,12 +184,12 @@ class Programs(Operation):
             constant = trace.constants[name]
             return lambda work: constant
         if start + ":" == VIEW:
-            view, name = next(
-                (view, key[len(path) :])
+            path, name = next(
+                (path, key[len(path) :])
                 for path, view in self.views.items()
                 if key.startswith(path) and key[len(path) :] in view
             )
-            return lambda work: view[name]
+            return lambda work: work.views[path][name]
         if start + ":" == STATE:
             states = tuple(local_part(self.items[number].states[key]) for number in numbers)
             return lambda work: states[0] if single else states
@@ -201,7 +201,13 @@ class Programs(Operation):
             return self._local_picker(key, numbers, single=single)
         if not single and list(numbers) == list(range(len(self.items))):
             return (lambda work: work.tensors) if key is None else (lambda work: work.context[key])
-        take: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)  # of one number, the tensor itself
+        pick: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)  # of one number, the tensor itself
+
+        def take(values: Sequence[Any]) -> Any:
+            if torch.compiler.is_compiling():  # where there is no itemgetter
+                return values[numbers[0]] if single else [values[number] for number in numbers]
+            return pick(values)
+
         return (lambda work: take(work.tensors)) if key is None else (lambda work: take(work.context[key]))
 
     def _local_picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:

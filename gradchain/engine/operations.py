@@ -52,12 +52,18 @@ class Item(NamedTuple):
         of_form = self.form.shape
 
         def plain(value: Tensor) -> Tensor:
-            size = shape if value.shape == of_form else value.shape
-            return torch.empty(size, dtype=value.dtype, device=META)
+            if value.shape != of_form:
+                return whole_without_data(value)
+            return torch.empty(shape, dtype=value.dtype, device=META)
 
         context = {key: plain(value) for key, value in self.context.items()}
         states = {key: plain(value) for key, value in self.states.items()}
         return self._replace(form=plain(self.form), context=context, states=states)
+
+
+def whole_without_data(value: Tensor) -> Tensor:
+    """A plain tensor without data, of the shape that a distributed tensor has in all processes together."""
+    return torch.empty(value.shape, dtype=value.dtype, device=META) if is_distributed(value) else without_data(value)
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Pass:
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
     commits: list[Callable[[], None]] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict)
+    """What was measured, by the path of the stage that measures."""
 
     def commit(self) -> None:
         """Put the new states in place of the old ones."""
@@ -168,10 +176,9 @@ class AsItIs(Operation):
 
     gathers = False
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item], view: View, reason: str) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[Item], reason: str) -> None:
         super().__init__(slot, [part], items)
         self.part = part
-        self.view = view
         self.reason = reason
 
     def run(self, work: Pass) -> None:
@@ -189,7 +196,7 @@ class AsItIs(Operation):
         context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        group = item.full_group | self.view | seen_by(part.stage, tensor, context)
+        group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
         result, new_state = part.stage.act(tensor, group, state)
         if states:
             owned = own(new_state, tensor, *context.values())
@@ -221,10 +228,8 @@ class Gathering(AsItIs):
 
     gathers = True
 
-    def __init__(
-        self, slot: str, part: Part, items: Sequence[Item], view: View, traced: Mapping[int, Traced | None]
-    ) -> None:
-        super().__init__(slot, part._replace(numbers=list(traced)), items, view, "needs the whole of sharded tensors")
+    def __init__(self, slot: str, part: Part, items: Sequence[Item], traced: Mapping[int, Traced | None]) -> None:
+        super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
 
@@ -240,7 +245,7 @@ class Measure(Operation):
     """What a transform measures of all tensors, for the stage that then acts on each.
 
     Attributes:
-        view: What was measured; before the first step, tensors of the same form without data.
+        view: Tensors without data, of the form of what it measures.
     """
 
     def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
@@ -255,9 +260,12 @@ class Measure(Operation):
         self.cannot_raise = self._rehearse()
 
     def _rehearse(self) -> bool:
-        """Measure tensors without data, so that what comes after it can be traced; whether that was possible."""
-        tensors = [without_data(local(self.items[i].form)) for i in self.acting]
-        state = {key: without_data(local(value)) for key, value in (self.states or [{}])[0].items()}
+        """Measure tensors without data, so that what comes after it can be traced; whether that was possible.
+
+        They have the shapes of the whole: a process can have no elements, of which not everything can be measured.
+        """
+        tensors = [whole_without_data(self.items[i].form) for i in self.acting]
+        state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
             view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception:  # it needs the data, so what comes after it runs as it is
@@ -275,7 +283,7 @@ class Measure(Operation):
         except Exception as error:
             located(error, self.slot, self.part)
             raise
-        self.view.update(view)
+        work.views[self.part.path] = view
         if self.states:
             self.raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
@@ -353,13 +361,13 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 def own(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
-    if torch.compiler.is_compiling():  # where storages have no address
-        return {key: v.clone() if any(v is tensor for tensor in inputs) else v for key, v in state.items()}
     storages = set(map(_storage, inputs)) - {None}
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
 
 
 def _storage(tensor: Tensor) -> int | None:
+    if torch.compiler.is_compiling():  # where storages have no address, but copies that nothing needs are left out
+        return 0
     tensor = local(tensor)
     is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
     return tensor.untyped_storage().data_ptr() if is_known else None

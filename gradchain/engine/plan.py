@@ -39,9 +39,9 @@ class Plan:
         self.items = items
         self.has_run = False
         groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
-        noted = [] if torch.compiler.is_compiling() else list(map(NotedGroup, groups))
+        noted = list(map(NotedGroup, groups))
         try:
-            self.parts = list(stage.split(noted or groups, range(len(items)), f"{slot}."))
+            self.parts = list(stage.split(noted, range(len(items)), f"{slot}."))
         except Exception as error:
             locate(error, slot)
             raise
@@ -50,7 +50,7 @@ class Plan:
                 self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
-            for item, group in zip(items, noted, strict=False)
+            for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
             if key not in item.identity and key != "param"
         ]
@@ -150,7 +150,7 @@ class Plan:
             if gathered:
                 yield from self._programs(stretch, views)
                 stretch = []
-                yield Gathering(self.slot, part, self.items, views.get(part.path, {}), gathered)
+                yield Gathering(self.slot, part, self.items, gathered)
             stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
             if not fused:
                 yield from self._programs(stretch, views)
@@ -169,10 +169,11 @@ class Plan:
             if is_distributed(item.form):
                 try:
                     whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
-                    if not self._suits_shards(part, item, whole, views):
-                        found[number] = whole
                 except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
                     found[number] = None
+                else:
+                    if not self._suits_shards(part, item, whole, views):
+                        found[number] = whole
         return found
 
     def _suits_shards(self, part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
@@ -185,24 +186,22 @@ class Plan:
             return True
         if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
             return False
-        shapes = shapes_of_parts(form) if whole.trace.is_pointwise else ()
-        traces = [trace_stages([part], item.of_shape(shape), views).trace for shape in shapes]
-        return bool(traces) and all(trace.calls_alike(whole.trace) for trace in traces)
+        try:
+            parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
+            return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
+        except UntracedStage:
+            return False
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
         if not parts:
-            return
-        if torch.compiler.is_compiling():  # the compiler makes a program of all of it, and better ones
-            for part in parts:
-                yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), "is compiled")
             return
         try:
             yield Programs(self.slot, parts, self.items, views)
         except UntracedStage as untraced:
             part = parts[untraced.position]
             yield from self._programs(parts[: untraced.position], views)
-            yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), untraced.reason)
+            yield AsItIs(self.slot, part, self.items, untraced.reason)
             yield from self._programs(parts[untraced.position + 1 :], views)
 
 

@@ -36,7 +36,7 @@ def average(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
 
 
 def measure_largest(tensors: list[Tensor]) -> Group:
-    return {"largest": torch.stack([tensor.abs().max() for tensor in tensors]).max()}
+    return {"largest": torch.stack([tensor.abs().amax() for tensor in tensors]).amax()}
 
 
 @transform(measure=measure_largest)
