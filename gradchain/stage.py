@@ -15,7 +15,18 @@ from typing import (
 
 from torch import Tensor
 
-from gradchain.contract import PLACE, Group, State, Transform, call_checked, is_same, locate, require_signature, show
+from gradchain.contract import (
+    PLACE,
+    Group,
+    State,
+    Transform,
+    call_checked,
+    is_same,
+    locate,
+    remedy,
+    require_signature,
+    show,
+)
 
 if TYPE_CHECKING:
     from gradchain.bound import BoundTransform
@@ -203,7 +214,18 @@ class Function(Each):
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""
-        return call_checked(self.function, lambda: self.function(tensor, group), tensor, group), state
+
+        def call() -> Tensor:
+            try:
+                return self.function(tensor, group)
+            except TypeError as error:
+                # The call itself failed, and not something in the function.
+                if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                    text = f"{show(self.function)} is called with (tensor, group): {error}; {remedy(self.function)}"
+                    error.args = (text,)
+                raise
+
+        return call_checked(self.function, call, tensor, group), state
 
     def check(self, group: Group) -> None:
         """There are no hyperparameters."""
