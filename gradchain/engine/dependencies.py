@@ -21,7 +21,7 @@ from gradchain.stage import Stage
 _MISSING = object()
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, type, Tensor)
 _WRITES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
-_TALKS = ("print", "breakpoint", "input", "open")
+_TALKS = ("print", "breakpoint", "input", "open", "exec", "eval", "globals", "setattr")
 _TRUSTED = ("torch", "gradchain", "math", "operator", "typing", "builtins", "annotated_types")
 
 
@@ -112,8 +112,12 @@ def _effect(code: CodeType, own: frozenset[str] = frozenset()) -> str | None:
         name, operation = instruction.argval, instruction.opname
         if operation in _WRITES and not (operation.endswith("_DEREF") and name in own):
             return f"writes to the variable {name} from outside"
+        if operation in ("STORE_ATTR", "DELETE_ATTR"):
+            return f"writes to the attribute {name}"
         if operation == "LOAD_GLOBAL" and name in _TALKS:
             return f"calls {name}"
+        if operation == "IMPORT_NAME" and name.partition(".")[0] not in _TRUSTED:
+            return f"imports {name}, which can change without notice"
     inner = (_effect(constant, own) for constant in code.co_consts if isinstance(constant, CodeType))
     return next(filter(None, inner), None)
 

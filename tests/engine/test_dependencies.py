@@ -44,6 +44,18 @@ def counts(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def counts_by_itself(tensor: Tensor, group: Group) -> Tensor:
+    counts_by_itself.__dict__.setdefault("calls", 0)
+    counts_by_itself.calls += 1  # type: ignore[attr-defined]
+    return tensor
+
+
+def imports(tensor: Tensor, group: Group) -> Tensor:
+    from tests.engine import test_dependencies
+
+    return tensor * test_dependencies.LIST[0]
+
+
 def prints(tensor: Tensor, group: Group) -> Tensor:
     print(end="")
     return tensor
@@ -101,6 +113,8 @@ def test_traced(function: Any) -> None:
         (lambda t, g: NESTED(t, g), "reads LIST, a list, which can change without notice"),
         (lambda t, g: MEASURING(t, g), "calls clip_by_global_norm(max_norm=1.0), which measures"),
         (counts, "writes to the variable COUNT from outside"),
+        (counts_by_itself, "writes to the attribute calls"),
+        (imports, "imports tests.engine, which can change without notice"),
         (prints, "calls print"),
     ],
 )
