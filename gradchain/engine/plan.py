@@ -12,7 +12,7 @@ from torch import Tensor
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, located
+from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
@@ -34,7 +34,7 @@ class Plan:
         reads_params: Whether a stage can read ``group["param"]``.
     """
 
-    def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
+    def __init__(self, slot: str, stage: Stage, items: Sequence[SlotTensor], *, fused: bool = True) -> None:
         self.slot = slot
         self.items = items
         self.has_run = False
@@ -52,11 +52,11 @@ class Plan:
             (item.group, key, value)
             for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
-            if key not in item.identity and key != "param"
+            if key not in item.own_keys and key != "param"
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
-        forms = [items[number].form for number in self.touched]
+        forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
@@ -131,10 +131,10 @@ class Plan:
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:
-            acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
+            acting = [i for i in part.numbers if self.items[i].is_transformed and self.items[i].example.numel()]
             for i in acting:
-                if self.items[i].form.layout is not torch.strided:
-                    raise located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+                if self.items[i].example.layout is not torch.strided:
+                    raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
             if part.stage.measures:
@@ -166,9 +166,9 @@ class Plan:
         found: dict[int, Traced | None] = {}
         for number in numbers:
             item = self.items[number]
-            if is_distributed(item.form):
+            if is_distributed(item.example):
                 try:
-                    whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
+                    whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
                 except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
                     found[number] = None
                 else:
@@ -176,9 +176,9 @@ class Plan:
                         found[number] = whole
         return found
 
-    def _suits_shards(self, part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
+    def _suits_shards(self, part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
         """Whether a stage does to what each process has of a distributed tensor what it does to the whole."""
-        form, ndim = item.form, item.form.ndim
+        form, ndim = item.example, item.example.ndim
         states = part.states_of(item.states).values() if not part.stage.shares_state else ()
         unit_ndim = part.stage.unit_ndim(ndim, item.full_group)
         split = 0 if unit_ndim is None else ndim - unit_ndim
