@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -34,8 +37,8 @@ from gradchain.engine.groups import (
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
-from gradchain.engine.step import Engine, Step, is_rehearsal, rescales
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.step import Engine, Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 
 
@@ -178,7 +181,7 @@ class ParamTransformingOptimizer(Optimizer):
         for index, group in enumerate(completed):
             check_group(index, group, numbered)
         names = Names().joined_by(model, [param for group in groups for param in group["params"]])
-        check_reach(numbered, Roster(completed, names).members, self._hooked_slots)
+        check_reach(numbered, ParamTable(completed, names).entries, self._hooked_slots)
         for index, group in enumerate(completed):
             warn_of_short(index, group.keys() - (inner_opt.defaults.keys() - earlier.keys()), numbered)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
@@ -201,7 +204,7 @@ class ParamTransformingOptimizer(Optimizer):
         ParamTransformingOptimizer.__setstate__(self, attributes)
         if not earlier:
             self._engine.adopt(loaded)
-            self._engine.follow()
+            self._engine.synced_states()
         self._engine.begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -255,7 +258,7 @@ class ParamTransformingOptimizer(Optimizer):
         groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]
         for index, group in enumerate(groups):
             check_group(index, group, numbered)
-        check_reach({slot: numbered[slot]}, Roster(groups, self._engine.names).members)
+        check_reach({slot: numbered[slot]}, ParamTable(groups, self._engine.names).entries)
         for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
             for key in old.keys() - new.keys():
                 known.pop(key, None)
@@ -295,18 +298,13 @@ class ParamTransformingOptimizer(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if torch.compiler.is_compiling():
+            return self._step_compiled(closure)
         groups = self.inner_opt.param_groups
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
         self._complete_groups()
-        if torch.compiler.is_compiling() and closure is None:
-            # The inner step ends a graph, which nothing can do in a try statement.
-            step = Step(self._engine)
-            step.transform_grads()
-            loss = self.inner_opt.step()
-            step.finish()
-            return loss
-        if closure is None and is_rehearsal(self.param_groups):
+        if closure is None and is_dry_run(self.param_groups):
             loss = self.inner_opt.step()
             self._engine.start()
             return loss
@@ -324,6 +322,58 @@ class ParamTransformingOptimizer(Optimizer):
             step.undo()
             raise
         return loss
+
+    def _step_compiled(self, closure: Callable[[], Any] | None) -> Any:
+        step = None
+        try:
+            # As in torch's own steps: what breaks in a try statement is not compiled, but what it calls is. And a graph
+            # writes in place only if no gradients are recorded from its start on.
+            torch._dynamo.graph_break()
+            step, result = self._begin(closure)
+            if step is not None:
+                with torch.no_grad():
+                    result = self._graph(step, result)
+                self._end(step)
+        except BaseException:
+            if step is not None:
+                step.undo()
+            raise
+        return result
+
+    @_disable_dynamo
+    def _begin(self, closure: Callable[[], Any] | None) -> tuple[Step | None, Any]:
+        """A step to be made as a graph, and what calls the inner one; or None and the result of one that is made.
+
+        What happens once, such as making states, is left out of graphs, and so is what depends on values.
+        """
+        groups = self.inner_opt.param_groups
+        self._complete_groups()
+        if closure is not None or is_dry_run(groups):
+            return None, self._step(closure)
+        step = Step(self._engine)
+        if not step.is_familiar:
+            return None, self._step(closure)
+        if step.skips:
+            try:
+                step.transform_grads()
+            except SkippedStep as skipped:
+                return None, step.skip(skipped)
+        return step, _traceable_step(self.inner_opt)
+
+    def _graph(self, step: Step, inner_step: Callable[..., Any]) -> Any:
+        with torch.no_grad():  # a frame without a word of torch would not be compiled
+            # First of all: what torch knows as tensors of an optimizer needs no guards of its own.
+            step.grads = [param.grad for group in self.inner_opt.param_groups for param in group["params"]]
+            if not step.skips:
+                step.transform_grads()
+            loss = inner_step(self.inner_opt)
+            step.transform_update()
+            step.keep_states()
+        return loss
+
+    @_disable_dynamo
+    def _end(self, step: Step) -> None:
+        step.commit()
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
@@ -366,17 +416,17 @@ class ParamTransformingOptimizer(Optimizer):
             raise
         step.commit()
 
-    def _run_hook(self, slot: str, member: Member) -> None:
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
         """Call the hook of a slot on a parameter in batch form, and carry over what it writes."""
         hook = self._pre_step_transform_ if slot == "pre" else self._post_step_transform_
-        param, param_ndim = member.param, member.group["param_ndim"]
+        param, param_ndim = entry.param, entry.group["param_ndim"]
         batch = to_batch(param.detach(), param_ndim)
         originals = [(param, batch)]
         if param.grad is not None:
             batch_grad = batch.grad = to_batch(param.grad.detach(), param_ndim)
             originals.append((param.grad, batch_grad))
         before = batch.grad
-        hook(batch, optim_group=member.group)
+        hook(batch, optim_group=entry.group)
         if batch.grad is not before:
             raise ValueError(
                 f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
@@ -441,7 +491,7 @@ class ParamTransformingOptimizer(Optimizer):
         try:
             last, chains = len(self.param_groups) - 1, self._engine.chains()
             check_group(last, self.param_groups[-1], chains)
-            new = [member for member in self._engine.roster.members if member.position[0] == last]
+            new = [entry for entry in self._engine.param_table.entries if entry.position[0] == last]
             check_reach(chains, new, self._hooked_slots, are_all=False)
             warn_of_short(last, self.param_groups[-1].keys() - self.defaults.keys(), chains)
             self._engine.note_keys()
@@ -467,10 +517,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = self._engine.take_states(state_dict, self._own_defaults)
+        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults)
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._engine.give_states(states)
+        self._engine.load_states(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -507,3 +557,26 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _repr_html_(self) -> str:
         return show_optimizer(type(self).__name__, self._engine.list_stages(self._chains()), self.inner_opt)
+
+
+_WRAPS_STEPS = inspect.getfile(Optimizer)
+
+
+def _traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """The step of ``optimizer``, if possible without what torch has around it, which ends the graph.
+
+    It serves hooks and the profiler, and switches the recording of gradients off, which has been done by then.
+    """
+    hooks = (
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+        optimizer.__dict__.get("_optimizer_step_pre_hooks"),
+        optimizer.__dict__.get("_optimizer_step_post_hooks"),
+    )
+    step: Any = type(optimizer).step
+    if any(hooks) or profiler._is_profiler_enabled or "step" in optimizer.__dict__:
+        return operator.methodcaller("step")
+    while hasattr(step, "__wrapped__") and step.__code__.co_filename == _WRAPS_STEPS:
+        step = step.__wrapped__
+    unwrapped: Callable[..., Any] = step
+    return unwrapped

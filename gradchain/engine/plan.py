@@ -12,7 +12,7 @@ from torch import Tensor
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, located
+from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
@@ -34,14 +34,14 @@ class Plan:
         reads_params: Whether a stage can read ``group["param"]``.
     """
 
-    def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
+    def __init__(self, slot: str, stage: Stage, items: Sequence[SlotTensor], *, fused: bool = True) -> None:
         self.slot = slot
         self.items = items
         self.has_run = False
         groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
-        noted = [] if torch.compiler.is_compiling() else list(map(NotedGroup, groups))
+        noted = list(map(NotedGroup, groups))
         try:
-            self.parts = list(stage.split(noted or groups, range(len(items)), f"{slot}."))
+            self.parts = list(stage.split(noted, range(len(items)), f"{slot}."))
         except Exception as error:
             locate(error, slot)
             raise
@@ -50,13 +50,13 @@ class Plan:
                 self._share_states(part)
         self._selected_by = [
             (item.group, key, value)
-            for item, group in zip(items, noted, strict=False)
+            for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
-            if key not in item.identity and key != "param"
+            if key not in item.own_keys and key != "param"
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
-        forms = [items[number].form for number in self.touched]
+        forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
@@ -131,10 +131,10 @@ class Plan:
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:
-            acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
+            acting = [i for i in part.numbers if self.items[i].is_transformed and self.items[i].example.numel()]
             for i in acting:
-                if self.items[i].form.layout is not torch.strided:
-                    raise located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+                if self.items[i].example.layout is not torch.strided:
+                    raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
             if part.stage.measures:
@@ -150,7 +150,7 @@ class Plan:
             if gathered:
                 yield from self._programs(stretch, views)
                 stretch = []
-                yield Gathering(self.slot, part, self.items, views.get(part.path, {}), gathered)
+                yield Gathering(self.slot, part, self.items, gathered)
             if rest := [i for i in acting if i not in gathered]:
                 stretch.append(part._replace(numbers=rest))
             if not fused:
@@ -167,13 +167,13 @@ class Plan:
         found: dict[int, Traced | None] = {}
         for number in numbers:
             item = self.items[number]
-            if not is_distributed(item.form):
+            if not is_distributed(item.example):
                 continue
             try:
                 if _has_units_of(part, item):
                     trace_stages([part], item, views)
                     continue
-                whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
+                whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
             except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
                 found[number] = None
             else:
@@ -185,33 +185,29 @@ class Plan:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
         if not parts:
             return
-        if torch.compiler.is_compiling():  # the compiler makes a program of all of it, and better ones
-            for part in parts:
-                yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), "is compiled")
-            return
         try:
             yield Programs(self.slot, parts, self.items, views)
         except UntracedStage as untraced:
             part = parts[untraced.position]
             yield from self._programs(parts[: untraced.position], views)
-            yield AsItIs(self.slot, part, self.items, views.get(part.path, {}), untraced.reason)
+            yield AsItIs(self.slot, part, self.items, untraced.reason)
             yield from self._programs(parts[untraced.position + 1 :], views)
 
 
-def _states(part: Part, item: Item) -> Collection[Any]:
+def _states(part: Part, item: SlotTensor) -> Collection[Any]:
     return part.states_of(item.states).values() if not part.stage.shares_state else ()
 
 
-def _has_units_of(part: Part, item: Item) -> bool:
+def _has_units_of(part: Part, item: SlotTensor) -> bool:
     """Whether each process has whole units of a distributed tensor, and the states that belong to them."""
-    form, unit_ndim = item.form, part.stage.unit_ndim(item.form.ndim, item.full_group)
+    form, unit_ndim = item.example, part.stage.unit_ndim(item.example.ndim, item.full_group)
     split = 0 if unit_ndim is None else form.ndim - unit_ndim
     return has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in _states(part, item))
 
 
-def _is_for_each_element(part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
+def _is_for_each_element(part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
     """Whether a stage does to each element of a distributed tensor the same in the whole and in any part."""
-    form = item.form
+    form = item.example
     if is_partial(form) or not all(is_placed_like(state, form, form.ndim) for state in _states(part, item)):
         return False
     try:

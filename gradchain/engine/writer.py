@@ -186,7 +186,10 @@ class Writer:
         elif kind is Kind.NUMBER and call.name in NUMBERS:
             self.kinds[result] = Kind.NUMBER
             texts = (text if text.isidentifier() or text[0].isdigit() else f"({text})" for text, _ in arguments)
-            self.names[result] = NUMBERS[call.name].format(*texts)
+            is_flag = isinstance(leaf, Ref) and self.trace.forms[leaf.number][1] is torch.bool
+            # torch.compile knows no arithmetic of flags that depend on a number, nor float() of them.
+            form = "1 if {0} else 0" if call.name == "_to_copy" and is_flag else NUMBERS[call.name]
+            self.names[result] = form.format(*texts)
         elif kind is Kind.STACK and not (call.is_pointwise and len(call.results) == 1):
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
         elif kind is not Kind.EACH or self.single:

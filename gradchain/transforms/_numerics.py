@@ -37,6 +37,6 @@ def shrinkage(length: Tensor, limit: float | Tensor) -> Tensor:
     if not isinstance(limit, Tensor) and limit == 0:
         return torch.zeros_like(length)  # which has a derivative
     is_finite = limit < math.inf
-    power = -is_finite.to(length.dtype) if isinstance(is_finite, Tensor) else -float(is_finite)
+    power = -is_finite.to(length.dtype) if isinstance(is_finite, Tensor) else -1.0 if is_finite else 0.0
     excess = length.clamp_min(torch.finfo(length.dtype).tiny) / limit  # of zero over zero too
     return excess.clamp_min(1) ** power  # and any number to the power of 0 is 1, NaN too
