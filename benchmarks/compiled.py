@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.__main__ import machine, show
 from benchmarks.measure import Times
-from benchmarks.sides import LR, MakeOptimizer, Step, TorchSide, grads_of
+from benchmarks.sides import LR, MakeOptimizer, Step, TorchSide
 from benchmarks.workloads import alike, gradients
 from gradchain import ParamTransformingOptimizer, clip_by_global_norm, project_l2_ball
 

@@ -90,6 +90,30 @@ def has_whole_units(tensor: Any, split: int) -> bool:
     )
 
 
+def is_partial(tensor: Any) -> bool:
+    """Whether what the processes have of a distributed tensor makes its elements only together, such as by a sum."""
+    return any(placement.is_partial() for placement in tensor.placements)
+
+
+def shapes_of_parts(tensor: Any) -> set[tuple[int, ...]]:
+    """The shapes that ``local_part`` of a distributed tensor can have in any process."""
+    shapes = {tuple(tensor.shape)}
+    for count, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            shapes = {
+                (*shape[:dim], length, *shape[dim + 1 :]) for shape in shapes for length in _lengths(shape[dim], count)
+            }
+    return shapes
+
+
+def _lengths(length: int, count: int) -> set[int]:
+    """The lengths of the parts when ``length`` is cut for ``count`` processes, of which the last can have none."""
+    longest = -(-length // count)
+    number = -(-length // longest)
+    return {longest, length - (number - 1) * longest, 1 if number < count else longest}
+
+
 def is_placed_like(value: Any, tensor: Any, split: int) -> bool:
     """Whether each process has of ``value`` what belongs to its part of ``tensor``, up to dimension ``split``."""
     if value.ndim == 0:
@@ -111,7 +135,7 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
             if is_distributed(tensor):
                 distributed: Any = tensor
                 place = distributed.device_mesh, distributed.placements
-                if any(placement.is_partial() for placement in distributed.placements):
+                if is_partial(distributed):
                     tensor, place = gather(tensor), None
             lists.setdefault((tensor.dtype, place), []).append(tensor)
     return list(lists.values())

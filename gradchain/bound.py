@@ -51,12 +51,12 @@ class TransformFactory(Protocol[P]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
 
-    def check(self, rule: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``rule(**arguments)``, which raises where arguments that are each in range do not fit together."""
+    def check(self, function: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``function(**arguments)``, which raises where arguments in their ranges do not fit together."""
         ...
 
-    def on_skip(self, rule: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``rule(state, **arguments)``, called when the transform has called a step off; it may raise."""
+    def on_skip(self, function: Callable[..., None], /) -> Callable[..., None]:
+        """Register ``function(state, **arguments)``, called when the transform has called a step off; it may raise."""
         ...
 
 
@@ -135,7 +135,7 @@ class BoundTransform(Each):
         return [self.definition.function]
 
     def after_skip(self, state: State) -> None:
-        """Call the rule that was registered with ``on_skip``."""
+        """Call the function that was registered with ``on_skip``."""
         if state:  # or the parameter is not selected
             self.definition.after_skip(state, **self.arguments)
 
@@ -363,7 +363,7 @@ class Definition:
         self.function = function
         self.init = init
         self.start = start
-        self.acts_on = acts_on
+        self.acts_on: ActsOn = acts_on
         self.measure = measure
         self.measures_shards = measures_shards
         self.average = average
@@ -389,13 +389,13 @@ class Definition:
             self.validate(arguments, self.name, {})
             return BoundTransform(self, arguments, self.name)
 
-        def register_check(rule: Callable[..., None]) -> Callable[..., None]:
-            self.check = rule
-            return rule
+        def register_check(check: Callable[..., None]) -> Callable[..., None]:
+            self.check = check
+            return check
 
-        def register_after_skip(rule: Callable[..., None]) -> Callable[..., None]:
-            self.after_skip = rule
-            return rule
+        def register_after_skip(after_skip: Callable[..., None]) -> Callable[..., None]:
+            self.after_skip = after_skip
+            return after_skip
 
         factory.__signature__ = self.signature  # type: ignore[attr-defined]
         factory.check = register_check  # type: ignore[attr-defined]

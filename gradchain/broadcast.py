@@ -180,7 +180,7 @@ class Broadcast(Each):
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
         param_ndim = self.param_ndim
         acts_on = self.transform.acts_on if isinstance(self.transform, BoundTransform) else "unit"
-        if acts_on == "element" or (acts_on == "tensor" and isinstance(param_ndim, FromGroup)):
+        if acts_on != "unit" and isinstance(param_ndim, FromGroup):
             return None
         if isinstance(param_ndim, FromGroup):
             if "param_ndim" not in group:
@@ -189,7 +189,7 @@ class Broadcast(Each):
                 )
             param_ndim = require_param_ndim(group["param_ndim"])
         unit_ndim = sub_ndim(ndim, param_ndim)
-        return None if unit_ndim == ndim else unit_ndim
+        return None if unit_ndim == ndim or acts_on == "element" else unit_ndim
 
     def __repr__(self) -> str:
         param_ndim = "" if self.param_ndim is FROM_GROUP else f", param_ndim={self.param_ndim}"

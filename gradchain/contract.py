@@ -30,7 +30,7 @@ In the state of a chain, the keys begin with the names of the transforms: ``"ema
 CONTEXT = ("param", "grad")
 
 
-GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot", "dim"})
+GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot"})
 GIVEN |= {"param_ndim", "grad_scale", "grad_bias"}
 """Keys to which adapters give a meaning, so that no hyperparameter can have them."""
 
@@ -48,7 +48,7 @@ FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
 
 
-PLACE = "place"
+PLACE = "gradchain.place"
 """The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
 
 

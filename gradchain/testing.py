@@ -50,7 +50,6 @@ def check_transform(
     ``vmaps``           ``torch.func.vmap`` equals a Python loop.
     ``differentiable``  ``torch.func.grad`` gives finite numbers, also at zero.
     ``compiles``        ``torch.compile`` makes one graph of it, which gives the same result.
-    ``in_place``        The in-place rule, where there is one, overwrites tensors and states by what the function gives.
     ``copies``          It pickles, deepcopies, and prints without a memory address; copies are equal to it.
     ==================  ==============================================================================================
 

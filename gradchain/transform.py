@@ -97,6 +97,7 @@ def transform(
         skip: The key of the state that says whether to call the step off.
 
     Example:
+        >>> import torch
         >>> from typing import Annotated
         >>> from annotated_types import Gt
         >>> @transform

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 from torch import Tensor
 
 from gradchain.broadcast import broadcast
-from gradchain.contract import Group, State, Transform, locate, show
+from gradchain.contract import PLACE, Group, State, Transform, locate, show
 from gradchain.stage import Stage, require_transform
 
 T = TypeVar("T")
@@ -119,14 +119,8 @@ def apply(
     for path in inputs:
         if states[path] is None:
             raise ValueError(f"{leaves[path].place()} has None for a state; init_state needs a tensor in its place")
-    groups = [leaves[path].group for path in inputs]
-    try:
-        results, new_states = stage.run(list(inputs.values()), groups, [states[path] for path in inputs])
-    except Exception as error:
-        for path in inputs:
-            if leaves[path].group is getattr(error, "failed_group", None):
-                locate(error, leaves[path].place())
-        raise
+    groups = [leaves[path].group | {PLACE: leaves[path].place()} for path in inputs]
+    results, new_states = stage.run(list(inputs.values()), groups, [states[path] for path in inputs])
     outputs: dict[Path, Tensor | None] = dict.fromkeys(leaves)
     for path, result, new_state in zip(inputs, results, new_states, strict=True):
         states[path] = new_state
@@ -146,8 +140,7 @@ def init_state(transform: Transform, params: Tree, group: Group | None = None, *
         param_ndim: As in ``apply``.
 
     Returns:
-        The same structure, with the state of the transform in place of each tensor: a dict of tensors, or of such
-        dicts.
+        The same structure, with the state of the transform in place of each tensor: a dict of tensors.
 
     Raises:
         TypeError: Something is of the wrong type.

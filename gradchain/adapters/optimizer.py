@@ -37,8 +37,8 @@ from gradchain.engine.groups import (
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
-from gradchain.engine.step import Engine, Step, is_rehearsal, rescales
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.step import Engine, Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 
 
@@ -61,9 +61,10 @@ class ParamTransformingOptimizer(Optimizer):
     either. The hyperparameters of the chains, ``param_ndim``, ``grad_scale`` and ``grad_bias`` are keys of the groups.
     The second transform of a kind, counted through ``pre``, ``update`` and ``post``, has keys of its own, such as
     ``"scale_2.factor"``; ``.named(prefix)`` chooses them.
-    The states of stateful transforms are in ``state[param]["transforms"]``, by slot, once the inner optimizer has made
-    its own; save and load them through this optimizer, since others cast them to the dtype of the parameter. States
-    that an instance has loaded before are taken up, with a warning where they do not fit or were rounded.
+    The states of stateful transforms are in ``state[param]["transforms"]``, under keys such as ``"pre.ema.average"``,
+    once the inner optimizer has made its own; save and load them through this optimizer, since others cast them to the
+    dtype of the parameter. States that an instance has loaded before are taken up, with a warning where they do not fit
+    or were rounded.
 
     Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
     now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
@@ -72,12 +73,10 @@ class ParamTransformingOptimizer(Optimizer):
     A subclass can also override ``_pre_step_transform_`` and ``_post_step_transform_``, which run after the chains of
     their slots.
 
-    If a transform or a hook raises within a step, the parameters and the states of the transforms are as they were
-    before it. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
-    gradients on which ``pre`` failed are as before. Ctrl-C, a lack of memory or an error of the inner optimizer can
-    stop a step at any place. With ``update``, a closure, a hook, or ``post`` where a chain has a function without a
-    rule, the parameters are still as before or after it; else they, like the states, are as far as the step had come.
-    A checkpoint that is loaded then brings all back.
+    If a transform raises, parameters and the states of transforms are as they were before the step; the same holds for
+    hooks. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
+    gradients on which ``pre`` failed are as before. After Ctrl-C, a lack of memory or an error of the inner optimizer,
+    load the last checkpoint.
 
     The chains can be replaced: ``optimizer.pre = chain(...)``. Transforms of the same name go on with their states, and
     others start anew. Hyperparameters that no group has changed follow the new chain.
@@ -89,8 +88,8 @@ class ParamTransformingOptimizer(Optimizer):
         params: Parameters, named parameters or param groups, as any optimizer takes them. Not with an instance.
         InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance.
         pre: The transform of each gradient.
-        update: The transform of each displacement. It needs a copy of the parameters, as does ``post`` with a
-            function that has no rule.
+        update: The transform of each displacement. It needs a copy of the parameters; ``post`` needs one only where a
+            stage cannot be traced.
         post: The transform of each parameter.
         param_ndim: What the transforms act on, per group; see ``broadcast``. The default, -1, is each entry along the
             first dimension: each row of weights, but each element of a bias. The ``repr`` says it, stage by stage.
@@ -182,7 +181,7 @@ class ParamTransformingOptimizer(Optimizer):
         for index, group in enumerate(completed):
             check_group(index, group, numbered)
         names = Names().joined_by(model, [param for group in groups for param in group["params"]])
-        check_reach(numbered, Roster(completed, names).members, self._hooked_slots)
+        check_reach(numbered, ParamTable(completed, names).entries, self._hooked_slots)
         for index, group in enumerate(completed):
             warn_of_short(index, group.keys() - (inner_opt.defaults.keys() - earlier.keys()), numbered)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
@@ -205,7 +204,7 @@ class ParamTransformingOptimizer(Optimizer):
         ParamTransformingOptimizer.__setstate__(self, attributes)
         if not earlier:
             self._engine.adopt(loaded)
-            self._engine.follow()
+            self._engine.synced_states()
         self._engine.begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -259,7 +258,7 @@ class ParamTransformingOptimizer(Optimizer):
         groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]
         for index, group in enumerate(groups):
             check_group(index, group, numbered)
-        check_reach({slot: numbered[slot]}, Roster(groups, self._engine.names).members)
+        check_reach({slot: numbered[slot]}, ParamTable(groups, self._engine.names).entries)
         for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
             for key in old.keys() - new.keys():
                 known.pop(key, None)
@@ -305,7 +304,7 @@ class ParamTransformingOptimizer(Optimizer):
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
         self._complete_groups()
-        if closure is None and is_rehearsal(self.param_groups):
+        if closure is None and is_dry_run(self.param_groups):
             loss = self.inner_opt.step()
             self._engine.start()
             return loss
@@ -349,7 +348,7 @@ class ParamTransformingOptimizer(Optimizer):
         """
         groups = self.inner_opt.param_groups
         self._complete_groups()
-        if closure is not None or is_rehearsal(groups):
+        if closure is not None or is_dry_run(groups):
             return None, self._step(closure)
         step = Step(self._engine)
         if not step.is_familiar:
@@ -417,17 +416,17 @@ class ParamTransformingOptimizer(Optimizer):
             raise
         step.commit()
 
-    def _run_hook(self, slot: str, member: Member) -> None:
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
         """Call the hook of a slot on a parameter in batch form, and carry over what it writes."""
         hook = self._pre_step_transform_ if slot == "pre" else self._post_step_transform_
-        param, param_ndim = member.param, member.group["param_ndim"]
+        param, param_ndim = entry.param, entry.group["param_ndim"]
         batch = to_batch(param.detach(), param_ndim)
         originals = [(param, batch)]
         if param.grad is not None:
             batch_grad = batch.grad = to_batch(param.grad.detach(), param_ndim)
             originals.append((param.grad, batch_grad))
         before = batch.grad
-        hook(batch, optim_group=member.group)
+        hook(batch, optim_group=entry.group)
         if batch.grad is not before:
             raise ValueError(
                 f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
@@ -492,7 +491,7 @@ class ParamTransformingOptimizer(Optimizer):
         try:
             last, chains = len(self.param_groups) - 1, self._engine.chains()
             check_group(last, self.param_groups[-1], chains)
-            new = [member for member in self._engine.roster.members if member.position[0] == last]
+            new = [entry for entry in self._engine.param_table.entries if entry.position[0] == last]
             check_reach(chains, new, self._hooked_slots, are_all=False)
             warn_of_short(last, self.param_groups[-1].keys() - self.defaults.keys(), chains)
             self._engine.note_keys()
@@ -518,10 +517,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = self._engine.take_states(state_dict, self._own_defaults)
+        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults)
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._engine.give_states(states)
+        self._engine.load_states(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -579,4 +578,5 @@ def _traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
         return operator.methodcaller("step")
     while hasattr(step, "__wrapped__") and step.__code__.co_filename == _WRAPS_STEPS:
         step = step.__wrapped__
-    return step
+    unwrapped: Callable[..., Any] = step
+    return unwrapped

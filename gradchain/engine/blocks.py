@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
-from gradchain.engine.operations import Item, Operation, Pass, View, count
+from gradchain.contract import locate
+from gradchain.engine.operations import Operation, Pass, SlotTensor, View, count
 from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
-    ABSENT,
     CONTEXT,
     NUMBER,
     STATE,
     VALUE,
     VIEW,
-    Kind,
     Traced,
-    is_same_value,
-    kind_of,
+    dependencies,
     trace_stages,
 )
 from gradchain.engine.writer import KINDS
@@ -52,7 +50,9 @@ class Programs(Operation):
 
     cannot_raise = True
 
-    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item], views: Mapping[str, View]) -> None:
+    def __init__(
+        self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor], views: Mapping[str, View]
+    ) -> None:
         super().__init__(slot, parts, items)
         self.views = views
         self.buffers: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}
@@ -60,16 +60,21 @@ class Programs(Operation):
         kinds: dict[Any, list[int]] = {}
         for number, traced in self.traced.items():
             item = items[number]
-            form = local_part(item.form)
+            form = local_part(item.example)
             kind = signature(traced.trace), id(item.group), form.dtype, form.device
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
-        self.depends = self._dependencies()
+        self.depends = dependencies((items[number], traced) for number, traced in self.traced.items())
+        self.reads_params = any(f"{CONTEXT}param" in traced.trace.inputs for traced in self.traced.values())
 
     def run(self, work: Pass) -> None:
         keeps_states = work.keeps_states or self.precedes_skip
-        for block in self.blocks:
-            block.run(work, keeps_states)
+        try:
+            for block in self.blocks:
+                block.run(work, keeps_states)
+        except Exception as error:  # as where there is no memory left
+            locate(error, self.slot)
+            raise
 
     def holds(self) -> bool:
         return all(holds() for holds in self.depends)
@@ -128,9 +133,9 @@ class Programs(Operation):
 
     def _pays_to_stack(self, numbers: Sequence[int]) -> bool:
         """Whether it is faster to stack tensors of one form, run a program once and copy the results back."""
-        form, trace = local_part(self.items[numbers[0]].form), self.traced[numbers[0]].trace
+        form, trace = local_part(self.items[numbers[0]].example), self.traced[numbers[0]].trace
         item = self.items[numbers[0]]
-        all_forms = [item.form, *item.context.values(), *item.states.values()]
+        all_forms = [item.example, *item.context.values(), *item.states.values()]
         if len(numbers) < 4 or any(is_distributed(v) or not v.is_contiguous() for v in all_forms):
             return False
         copied = form.numel() * form.element_size() / 6000  # a copy of so many bytes takes a microsecond
@@ -139,7 +144,7 @@ class Programs(Operation):
         return bool(sum(map(_cost, trace.calls)) > 1.2 * stacked)
 
     def _bytes(self, number: int) -> int:
-        form = local_part(self.items[number].form)
+        form = local_part(self.items[number].example)
         return int(form.numel() * form.element_size())
 
     def _list(self, numbers: Sequence[int]) -> Block:
@@ -157,31 +162,19 @@ class Programs(Operation):
         return Stacked(self, write((trace,), self._device(numbers), single=True), numbers, [trace])
 
     def _device(self, numbers: Sequence[int]) -> torch.device:
-        return self.items[numbers[0]].form.device
+        return self.items[numbers[0]].example.device
 
     def _can_cut(self, number: int, trace: Trace) -> bool:
         """Whether a large tensor can go through the program in pieces, which stay in the cache."""
         item, shape = self.items[number], trace.forms[trace.inputs[TENSOR]][0]
-        used = [item.form, *(value for key, value in item.context.items() if CONTEXT + key in trace.inputs)]
+        used = [item.example, *(value for key, value in item.context.items() if CONTEXT + key in trace.inputs)]
         return (
             self._bytes(number) >= 2 * BLOCK_BYTES
-            and len(trace.calls) > 1
+            and sum(trace.forms[call.results[0]][0] == shape for call in trace.calls) > 1
             and trace.is_pointwise
             and all(trace.forms[trace.inputs[name]][0] == shape for name in trace.outputs)
             and all(local_part(value).is_contiguous() for value in used)
         )
-
-    def _dependencies(self) -> list[Callable[[], bool]]:
-        """What has to hold so that the traces hold."""
-        found: dict[Any, Callable[[], bool]] = {}
-        for number, traced in self.traced.items():
-            group = self.items[number].group
-            for reading in traced.readings:
-                found[id(reading.read), id(reading.value)] = reading.holds
-            for key, value in traced.keys.items():
-                if key not in self.items[number].identity:
-                    found[id(group), key, id(value)] = partial(_has, group, key, value)
-        return list(found.values())
 
     def reader(self, name: str, numbers: Sequence[int], trace: Trace, *, single: bool) -> Callable[[Pass], Any]:
         """What gets the input ``name`` of a program for the tensors ``numbers``."""
@@ -206,7 +199,7 @@ class Programs(Operation):
 
     def _picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
         """What gets the tensors, or those of the context under ``key``."""
-        if any(is_distributed(self.items[number].form) for number in numbers):
+        if any(is_distributed(self.items[number].example) for number in numbers):
             return self._local_picker(key, numbers, single=single)
         if not single and list(numbers) == list(range(len(self.items))):
             return (lambda work: work.tensors) if key is None else (lambda work: work.context[key])
@@ -357,8 +350,3 @@ def _cost(call: Call) -> float:
     if name in FOREACH:
         return 0.6
     return 2.0 if name == "norm" and len(call.args) <= 2 else 1.0 if name in VIEWS else 4.0
-
-
-def _has(group: Any, key: str, value: Any) -> bool:
-    now = group.get(key, ABSENT)
-    return is_same_value(kind_of(now) if type(value) is Kind else now, value)

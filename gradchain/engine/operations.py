@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,28 +14,29 @@ from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.contract import CONTEXT, PLACE, Group, State, locate
-from gradchain.engine.trace import without_data
+from gradchain.engine.trace import META, without_data
+from gradchain.engine.traced import Traced, dependencies, seen_by
 from gradchain.stage import Part, Stage
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
 
 
-class Item(NamedTuple):
+class SlotTensor(NamedTuple):
     """A tensor of a slot, and what belongs to it."""
 
-    form: Tensor
+    example: Tensor
     """The tensor itself, or one of the same shape, dtype, device and layout."""
     group: Group
-    identity: Group
+    own_keys: Group
     """The keys that only this parameter has, such as its name."""
     param: Tensor
     """The parameter that the tensor is, or belongs to."""
     context: Mapping[str, Tensor]
-    """What there is of ``CONTEXT``, each like ``form``."""
+    """What there is of ``CONTEXT``, each like ``example``."""
     states: State
     """The states of all stages, which a step overwrites."""
-    takes_part: bool
+    is_transformed: bool
     is_new: bool
     """Whether its states have not been in a step yet."""
     place: str
@@ -44,13 +45,25 @@ class Item(NamedTuple):
     @property
     def full_group(self) -> Group:
         """The group, with the keys of the parameter."""
-        return self.group | self.identity
+        return self.group | self.own_keys
 
-    def of_whole(self) -> Item:
-        """The same with plain tensors, without data, of the shape of the whole of what is distributed."""
-        context = {key: without_data(value) for key, value in self.context.items()}
-        states = {key: without_data(value) for key, value in self.states.items()}
-        return self._replace(form=without_data(self.form), context=context, states=states)
+    def of_shape(self, shape: tuple[int, ...]) -> SlotTensor:
+        """The same with plain tensors without data, those like ``example`` of another shape."""
+        of_example = self.example.shape
+
+        def plain(value: Tensor) -> Tensor:
+            if value.shape != of_example:
+                return whole_without_data(value)
+            return torch.empty(shape, dtype=value.dtype, device=META)
+
+        context = {key: plain(value) for key, value in self.context.items()}
+        states = {key: plain(value) for key, value in self.states.items()}
+        return self._replace(example=plain(self.example), context=context, states=states)
+
+
+def whole_without_data(value: Tensor) -> Tensor:
+    """A plain tensor without data, of the shape that a distributed tensor has in all processes together."""
+    return torch.empty(value.shape, dtype=value.dtype, device=META) if is_distributed(value) else without_data(value)
 
 
 @dataclass
@@ -87,8 +100,10 @@ class Operation(ABC):
     """Whether all that it can raise has shown before the first step."""
     skips = False
     precedes_skip = False
+    reads_params = True
+    """Whether it can read ``group["param"]``."""
 
-    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
         self.parts = parts
         self.items = items
@@ -116,19 +131,40 @@ class Operation(ABC):
         """Whether what it depends on besides the tensors is as it was."""
         return True
 
-    def fail(self, error: Exception, part: Part, number: int | None = None) -> NoReturn:
-        """Raise ``error``, saying which stage it was, and which parameter."""
-        if not isinstance(error, SkippedStep):
-            raise_located(error, self.slot, part, None if number is None else self.items[number])
-        raise error
+    def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
+        """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
+        # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
+        flags = {
+            id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
+        }
+        # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
+        if not flags or not bool(torch.stack(list(flags.values())).any()):
+            return
+
+        def keep_counters() -> None:
+            for old, new in states:
+                for key in stage.skip_keys:
+                    path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
+                    put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
+            try:
+                for _, new in states:
+                    stage.after_skip(new)
+            except Exception as error:
+                locate(error, self.slot)
+                raise
+
+        raise SkippedStep(keep_counters)
 
 
-def raise_located(error: Exception, slot: str, part: Part, item: Item | None = None) -> NoReturn:
-    """Raise ``error``, saying in which slot, for which parameter and in which stage it was."""
+def located(error: Exception, slot: str, part: Part, item: SlotTensor | None = None) -> Exception:
+    """``error``, saying in which slot, for which parameter and in which stage it was.
+
+    It is not raised here: the frame of this function would refer to it, and it to the frame.
+    """
     for place in reversed(part.places):
         locate(error, place)
     locate(error, slot if item is None else f"{slot}, {item.place}")
-    raise error
+    return error
 
 
 class AsItIs(Operation):
@@ -136,40 +172,44 @@ class AsItIs(Operation):
 
     Args:
         reason: Why it is no program.
-        gathers: Whether the whole of a distributed tensor is gathered for it.
     """
 
-    def __init__(
-        self, slot: str, part: Part, items: Sequence[Item], reason: str, *, gathers: bool = False
-    ) -> None:
+    gathers = False
+
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor], reason: str) -> None:
         super().__init__(slot, [part], items)
         self.part = part
         self.reason = reason
-        self.gathers = gathers
 
     def run(self, work: Pass) -> None:
         for number in self.numbers:
             try:
                 self._run_one(work, number)
             except Exception as error:
-                self.fail(error, self.part, number)
+                located(error, self.slot, self.part, self.items[number])
+                raise
 
     def _run_one(self, work: Pass, number: int) -> None:
         part, item, given = self.part, self.items[number], work.tensors[number]
         see = gather if self.gathers else partial(local_part, like=given)
         tensor = see(given).detach()
-        context = {key: see(work.context[key][number]).detach() for key in item.context}
+        context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        result, new_state = part.stage.act(tensor, item.full_group | work.views.get(part.path, {}) | context, state)
+        group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
+        result, new_state = part.stage.act(tensor, group, state)
         if states:
-            owned = own(new_state, tensor, *context.values())
+            owned = without_aliases(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
         if self.gathers:
             put(result, given)
         elif result is not tensor:
             # A result that is a view of the tensor, such as its transpose, must be read before.
             tensor.copy_(result.clone() if _storage(result) == _storage(tensor) else result)
+
+    def context_of(self, number: int) -> Iterable[str]:
+        """The keys of the context that it gets."""
+        return self.items[number].context
 
     @property
     def how(self) -> str:
@@ -179,6 +219,28 @@ class AsItIs(Operation):
         return f"as it is, {count(self.numbers)}: {self.reason}"
 
 
+class Gathering(AsItIs):
+    """A function that needs the whole of distributed tensors, which all processes gather.
+
+    Args:
+        traced: What is known of it for the whole tensors, where it can be traced.
+    """
+
+    gathers = True
+
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor], traced: Mapping[int, Traced | None]) -> None:
+        super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
+        self.traced = traced
+        self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
+
+    def holds(self) -> bool:
+        return all(holds() for holds in self.depends)
+
+    def context_of(self, number: int) -> Iterable[str]:
+        traced = self.traced[number]
+        return [key for key in self.items[number].context if traced is None or traced.reads(key)]
+
+
 class Measure(Operation):
     """What a transform measures of all tensors, for the stage that then acts on each.
 
@@ -186,20 +248,24 @@ class Measure(Operation):
         view: Tensors without data, of the form of what it measures.
     """
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         super().__init__(slot, [part], items)
         self.part = part
-        self.acting = [i for i in self.numbers if items[i].takes_part and items[i].form.numel()]
+        self.acting = [i for i in self.numbers if items[i].is_transformed and items[i].example.numel()]
         self.states = [part.states_of(items[i].states) for i in self.numbers] if part.stage.shares_state else []
         self.skips = bool(part.stage.skip_keys)
-        self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].form) for i in self.acting)
+        self.reads_params = False
+        self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].example) for i in self.acting)
         self.view: View = {}
-        self.cannot_raise = self._rehearse()
+        self.cannot_raise = self._measures_without_error()
 
-    def _rehearse(self) -> bool:
-        """Measure tensors without data, so that what comes after it can be traced; whether that was possible."""
-        tensors = [without_data(local(self.items[i].form)) for i in self.acting]
-        state = {key: without_data(local(value)) for key, value in (self.states or [{}])[0].items()}
+    def _measures_without_error(self) -> bool:
+        """Measure tensors without data, so that what comes after it can be traced; whether that was possible.
+
+        They have the shapes of the whole: a process can have no elements, of which not everything can be measured.
+        """
+        tensors = [whole_without_data(self.items[i].example) for i in self.acting]
+        state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
             view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception:  # it needs the data, so what comes after it runs as it is
@@ -215,10 +281,11 @@ class Measure(Operation):
         try:
             view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
         except Exception as error:
-            self.fail(error, self.part)
+            located(error, self.slot, self.part)
+            raise
         work.views[self.part.path] = view
         if self.states:
-            raise_if_skipped(self.part.stage, [(old, new_state)])
+            self.raise_if_skipped(self.part.stage, [(old, new_state)])
             work.commits.append(partial(put_states, old, new_state))
 
     @property
@@ -232,9 +299,9 @@ class Measure(Operation):
 class Jointly(Operation):
     """A stage that measures all tensors somewhere inside of it, and so runs on all of them at once, as it is."""
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
-        numbers = [i for i in part.numbers if items[i].takes_part or part.stage.shares_state]
+        numbers = [i for i in part.numbers if items[i].is_transformed or part.stage.shares_state]
         super().__init__(slot, [part._replace(numbers=numbers)], items)
         self.part = part
         self.skips = bool(part.stage.skip_keys)
@@ -243,22 +310,23 @@ class Jointly(Operation):
         tensors, groups, states = [], [], []
         for number in self.numbers:
             item = self.items[number]
-            given, form = work.tensors[number], local(item.form)
-            tensors.append(gather(given).detach() if item.takes_part else form.new_empty((0,) * max(form.ndim, 1)))
-            keys = item.context if item.takes_part else ()
+            given, form = work.tensors[number], local(item.example)
+            tensors.append(gather(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
+            keys = item.context if item.is_transformed else ()
             context = {key: gather(work.context[key][number]).detach() for key in keys}
             # Masks in it read the parameter in ``post`` too, and that of what takes no part.
-            param = tensors[-1] if item.takes_part else item.param.detach()
+            param = tensors[-1] if item.is_transformed else item.param.detach()
             groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
             states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
         try:
             results, new_states = self.part.stage.run(tensors, groups, states)
         except Exception as error:
-            self.fail(error, self.part)
+            located(error, self.slot, self.part)
+            raise
         inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
         olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
-        pairs = [(old, own(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
-        raise_if_skipped(self.part.stage, pairs)
+        pairs = [(old, without_aliases(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
+        self.raise_if_skipped(self.part.stage, pairs)
         work.commits += [partial(put_states, old, new) for old, new in pairs]
         for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
             if result is not tensor and tensor.numel():
@@ -291,28 +359,7 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
             mine.copy_(value)
 
 
-def raise_if_skipped(stage: Stage, states: Sequence[tuple[State, State]]) -> None:
-    """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
-    # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
-    flags = {
-        id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
-    }
-    # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
-    if not flags or not bool(torch.stack(list(flags.values())).any()):
-        return
-
-    def keep_counters() -> None:
-        for old, new in states:
-            for key in stage.skip_keys:
-                path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
-                put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
-        for _, new in states:
-            stage.after_skip(new)
-
-    raise SkippedStep(keep_counters)
-
-
-def own(state: State, *inputs: Tensor) -> State:
+def without_aliases(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
     storages = set(map(_storage, inputs)) - {None}
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradchain._sharding import has_whole_units, is_distributed, is_placed_like
+from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Item, Jointly, Measure, Operation, Pass, View, raise_located
-from gradchain.engine.traced import ABSENT, NotedGroup, UntracedStage, is_same_value, trace_stages
+from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
+from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
 
@@ -31,9 +31,10 @@ class Plan:
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether all that can raise has shown by now.
         skips: Whether a stage can call the step off.
+        reads_params: Whether a stage can read ``group["param"]``.
     """
 
-    def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
+    def __init__(self, slot: str, stage: Stage, items: Sequence[SlotTensor], *, fused: bool = True) -> None:
         self.slot = slot
         self.items = items
         self.has_run = False
@@ -51,15 +52,16 @@ class Plan:
             (item.group, key, value)
             for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
-            if key not in item.identity and key != "param"
+            if key not in item.own_keys and key != "param"
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
-        forms = [items[number].form for number in self.touched]
+        forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
+        self.reads_params = any(operation.reads_params for operation in self.operations)
         for index, operation in enumerate(self.operations, 1):
             operation.precedes_skip = any(later.skips for later in self.operations[index:])
         self._checks = [
@@ -90,11 +92,12 @@ class Plan:
         values = [item.group.get(key) for _, item, key in self._checks]
         if len(values) == len(self._values) and all(map(is_, values, self._values)):
             return
-        for part, item in {id(item.group): (part, item) for part, item, _ in self._checks}.values():
+        for part, item in {(part.path, id(item.group)): (part, item) for part, item, _ in self._checks}.values():
             try:
                 part.stage.check(item.group)
             except Exception as error:
-                raise_located(error, self.slot, part, item)
+                located(error, self.slot, part, item)
+                raise
         self._values = values
 
     def run(self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool) -> Pass:
@@ -128,10 +131,10 @@ class Plan:
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:
-            acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
+            acting = [i for i in part.numbers if self.items[i].is_transformed and self.items[i].example.numel()]
             for i in acting:
-                if self.items[i].form.layout is not torch.strided:
-                    raise_located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+                if self.items[i].example.layout is not torch.strided:
+                    raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
             if part.stage.measures:
@@ -143,33 +146,51 @@ class Plan:
                 measure = Measure(self.slot, part, self.items)
                 views[part.path] = measure.view
                 yield measure
-            whole = [i for i in acting if is_distributed(self.items[i].form) and self._needs_whole(part, i, views)]
-            if whole:
+            gathered = self._gathered(part, acting, views)
+            if gathered:
                 yield from self._programs(stretch, views)
                 stretch = []
-                reason = "needs the whole of sharded tensors"
-                yield AsItIs(self.slot, part._replace(numbers=whole), self.items, reason, gathers=True)
-            stretch.append(part._replace(numbers=[i for i in acting if i not in set(whole)]))
+                yield Gathering(self.slot, part, self.items, gathered)
+            stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
             if not fused:
                 yield from self._programs(stretch, views)
                 stretch = []
         yield from self._programs(stretch, views)
 
-    def _needs_whole(self, part: Part, number: int, views: Mapping[str, View]) -> bool:
-        """Whether what the processes have of a distributed tensor does not suffice for a stage."""
-        item = self.items[number]
+    def _gathered(self, part: Part, numbers: Sequence[int], views: Mapping[str, View]) -> dict[int, Traced | None]:
+        """The distributed tensors of which a stage needs the whole, each with the trace for that, if there is one.
+
+        What this says is the same in all processes, or some would wait for others that gather nothing. So it depends on
+        the whole, and on what any process can have of it.
+        """
+        found: dict[int, Traced | None] = {}
+        for number in numbers:
+            item = self.items[number]
+            if is_distributed(item.example):
+                try:
+                    whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
+                except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
+                    found[number] = None
+                else:
+                    if not self._suits_shards(part, item, whole, views):
+                        found[number] = whole
+        return found
+
+    def _suits_shards(self, part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
+        """Whether a stage does to what each process has of a distributed tensor what it does to the whole."""
+        form, ndim = item.example, item.example.ndim
         states = part.states_of(item.states).values() if not part.stage.shares_state else ()
-        unit_ndim = part.stage.unit_ndim(item.form.ndim, item.full_group)
-        split = 0 if unit_ndim is None else item.form.ndim - unit_ndim
-        if has_whole_units(item.form, split) and all(is_placed_like(state, item.form, split) for state in states):
+        unit_ndim = part.stage.unit_ndim(ndim, item.full_group)
+        split = 0 if unit_ndim is None else ndim - unit_ndim
+        if has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in states):
+            return True
+        if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
             return False
-        if not all(is_placed_like(state, item.form, item.form.ndim) for state in states):
-            return True
         try:
-            mine, whole = (trace_stages([part], each, views).trace for each in (item, item.of_whole()))
+            parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
+            return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
         except UntracedStage:
-            return True
-        return not (whole.is_pointwise and mine.calls_alike(whole))
+            return False
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""

@@ -22,6 +22,7 @@ from gradchain._units import list_stages
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate
+from gradchain.engine.forms import Forms, like_without_memory
 from gradchain.engine.groups import (
     check_group,
     check_support,
@@ -34,10 +35,10 @@ from gradchain.engine.groups import (
     warn_of_unread,
 )
 from gradchain.engine.names import Names
-from gradchain.engine.operations import Item, Pass, SkippedStep
+from gradchain.engine.operations import Pass, SkippedStep, SlotTensor
 from gradchain.engine.plan import Plan, needs_dense
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, Member, Roster, Tensors, TransformStates
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class Owner(Protocol):
     _hooked_slots: ClassVar[frozenset[str]]
     """The slots for which ``_run_hook`` does anything."""
 
-    def _run_hook(self, slot: str, member: Member) -> None:
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
         """Do, for one parameter, what follows the chain of ``pre`` or ``post``."""
         ...
 
@@ -112,12 +113,16 @@ class Engine:
         self._keys: list[Set[str]] = []
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
-        self._plans: Plans | None = None
-        self._roster: Roster | None = None
+        self._plans: SlotPlans | None = None
+        self._param_table: ParamTable | None = None
         self._is_settled = True
         """Whether the states are known to fit the chains."""
         self.chains()
         self.note_keys()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is worked out, which is made anew."""
+        return self.__dict__ | {"_plans": None, "_param_table": None}
 
     @property
     def owner(self) -> Owner:
@@ -141,9 +146,9 @@ class Engine:
         dropped: list[str] = []
         rounded: list[str] = []
         for slot in SLOTS:
-            found = self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
+            found = self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
             for keys, known in zip((dropped, rounded), found, strict=True):
-                keys += [f"{slot} {key}" for key in sorted(known)]
+                keys += sorted(known)
         loaded = f"{type(inner_opt).__name__} has loaded states of transforms among its own"
         if dropped:
             warnings.warn(
@@ -157,26 +162,26 @@ class Engine:
                 "transforms are around the optimizer",
                 stacklevel=4,
             )
-        self.states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
+        self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
-    def follow(self) -> TransformStates:
+    def synced_states(self) -> TransformStates:
         """The states, as others have left them in the inner optimizer."""
         if not self._is_settled:
             self._settle()
         if self.states.by_param:
-            if self.states.follow(self.owner.inner_opt):
+            if self.states.take_over_from(self.owner.inner_opt):
                 self._plans = None
-            _ = self.roster  # new parameters may have brought theirs along
+            _ = self.param_table  # new parameters may have brought theirs along
         return self.states
 
     @property
-    def roster(self) -> Roster:
+    def param_table(self) -> ParamTable:
         """The parameters."""
-        known = self._roster
+        known = self._param_table
         if known is None or not known.is_of(self.owner.param_groups):
-            known = Roster(self.owner.param_groups, self.names)
+            known = ParamTable(self.owner.param_groups, self.names)
             self.states.adopt(self.owner.inner_opt, known.params)
-            self._roster = known
+            self._param_table = known
         return known
 
     def stage(self, slot: str) -> Chain:
@@ -207,24 +212,24 @@ class Engine:
 
     def list_stages(self, chains: Mapping[str, Chain]) -> dict[str, list[tuple[str, str]]]:
         """The stages of ``chains``, which are by slot, each with what it acts on."""
-        members = self.roster.members
-        params = [member.param.detach() for member in members]
+        entries = self.param_table.entries
+        params = [entry.param.detach() for entry in entries]
         return {
-            slot: list_stages(transforms, params, [member.context(slot) for member in members])
+            slot: list_stages(transforms, params, [entry.context(slot) for entry in entries])
             for slot, transforms in chains.items()
         }
 
-    def take_states(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
+    def read_state_dict(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
-        owner, members = self.owner, self.roster.members
-        states, bare = TransformStates.split(state_dict, members)
+        owner, entries = self.owner, self.param_table.entries
+        states, bare = TransformStates.split(state_dict, entries)
         groups = dict(enumerate(owner.param_groups))
         for index, saved in zip(groups, bare.get("param_groups", ()), strict=False):
             groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
             check_group(index, groups[index], self.chains())
-        members = [member._replace(group=groups[member.position[0]]) for member in members]
-        check_reach(self.chains(), members, owner._hooked_slots, are_all=False)
-        states.require_fit({slot: self.stage(slot) for slot in SLOTS}, members)
+        entries = [entry._replace(group=groups[entry.position[0]]) for entry in entries]
+        check_reach(self.chains(), entries, owner._hooked_slots, are_all=False)
+        states.require_fit({slot: self.stage(slot) for slot in SLOTS}, entries)
         warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
 
@@ -245,35 +250,35 @@ class Engine:
             warn_of_short(index, new - self.owner.inner_opt.defaults.keys(), self.chains())
         self.note_keys()
 
-    def take_names(self, names: Names) -> None:
+    def set_names(self, names: Names) -> None:
         """Name parameters so from now on."""
         self.names = names
-        self._roster = self._plans = None
+        self._param_table = self._plans = None
 
-    def give_states(self, states: TransformStates) -> None:
+    def load_states(self, states: TransformStates) -> None:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
         self.reset(states)
         self.begin()
         inner_opt = self.owner.inner_opt
-        states.show_in(inner_opt, [param for param, state in inner_opt.state.items() if state])
+        states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
-        return self.follow().averaged(self.stage("post"), self.roster.members)
+        return self.synced_states().averaged(self.stage("post"), self.param_table.entries)
 
     def complete(self, state_dict: Group, defaults: Group) -> None:
         """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
         complete_groups(state_dict.get("param_groups", ()), defaults)
-        members, states = self.roster.members, self.follow()
+        entries, states = self.param_table.entries, self.synced_states()
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)
-            begun = [m for m in members if any(key.startswith(f"{slot}.") for key in states.of(m))]
+            begun = [m for m in entries if any(key.startswith(f"{slot}.") for key in states.of(m))]
             states.start(slot, stage, begun)
-        states.add_to(state_dict, members)
+        states.add_to(state_dict, entries)
 
     def drop_states_of_others(self, slot: str) -> None:
         """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
-        self.states.keep_fitting(slot, self.stage(slot), self.roster.members)
+        self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -281,27 +286,27 @@ class Engine:
         for slot in SLOTS:
             stage = self.stage(slot)
             if stage.starts_early:
-                self.states.begin(slot, stage, self.roster.members)
+                self.states.begin(slot, stage, self.param_table.entries)
 
     @torch.no_grad()
     def start(self) -> None:
         """Make the first states of all parameters."""
         for slot in SLOTS:
-            self.states.start(slot, self.stage(slot), self.roster.members)
-        self.states.show_in(self.owner.inner_opt)
+            self.states.start(slot, self.stage(slot), self.param_table.entries)
+        self.states.share_with(self.owner.inner_opt)
 
-    def plans(self, roster: Roster, tensors: Tensors) -> Plans:
+    def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
         """What there is to do, made anew when anything that it depends on is not as it was."""
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
-        if known is None or not known.are_for(chains, roster, tensors):
-            for index, group in enumerate(roster.groups):
+        if known is None or not known.are_for(chains, param_table, grads):
+            for index, group in enumerate(param_table.groups):
                 check_support(index, group)  # which can have changed since construction
-            known = Plans(chains, roster, tensors)
+            known = SlotPlans(chains, param_table, grads)
             known.of = {
-                slot: self._make_plan(slot, roster, tensors)
-                for slot, members in zip(SLOTS, chains, strict=True)
-                if members
+                slot: self._make_plan(slot, param_table, grads)
+                for slot, stages in zip(SLOTS, chains, strict=True)
+                if stages
             }
             known.finish()
             self._plans = known if known.can_be_kept else None
@@ -309,70 +314,79 @@ class Engine:
             plan.prepare()
         return known
 
-    def _make_plan(self, slot: str, roster: Roster, tensors: Tensors) -> Plan:
+    def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
         stage = self.stage(slot)
-        takes_part = [slot == "post" or grad is not None for grad in tensors.grads]
+        is_transformed = [slot == "post" or grad is not None for grad in grads]
         # Where a state is one for all parameters, those without a gradient keep up.
-        stateful = [m for m, takes in zip(roster.members, takes_part, strict=True) if takes or stage.shares_state]
+        stateful = [
+            m for m, takes in zip(param_table.entries, is_transformed, strict=True) if takes or stage.shares_state
+        ]
         self.states.start(slot, stage, stateful)
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
-        for member, grad, takes in zip(roster.members, tensors.grads, takes_part, strict=True):
-            param = member.param.detach()
-            given = (
-                {"param": param} if grad is None or grad.layout is not torch.strided else {"param": param, "grad": grad}
-            )
+        for entry, grad, takes in zip(param_table.entries, grads, is_transformed, strict=True):
+            given, example = {"param": entry.param}, entry.param
+            if grad is not None and grad.layout is torch.strided:
+                given["grad"] = like_without_memory(grad, entry.param)
+            if grad is not None and slot == "pre":
+                example = given.get("grad", grad)
             items.append(
-                Item(
-                    form=grad if slot == "pre" and grad is not None else param,
-                    group=member.group,
-                    identity=member.identity(slot),
-                    param=member.param,
+                SlotTensor(
+                    example=example,
+                    group=entry.group,
+                    own_keys=entry.own_keys(slot),
+                    param=entry.param,
                     context={key: given[key] for key in context if key in given},
-                    states=self.states.of(member),
-                    takes_part=takes,
-                    is_new=member.param in self.states.new,
-                    place=member.place(),
+                    states=self.states.of(entry),
+                    is_transformed=takes,
+                    is_new=entry.param in self.states.new,
+                    place=entry.place(),
                 )
             )
         plan = Plan(slot, stage, items, fused=self.fused)
         if plan.skips and slot != "pre":
-            raise ValueError(f"{getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
+            raise ValueError(f"{slot}: {getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
         return plan
 
 
-class Plans:
+class SlotPlans:
     """The plan of each slot that has a chain, and what they depend on."""
 
-    def __init__(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> None:
+    def __init__(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> None:
         self.chains = chains
-        self.roster = roster
-        self.form = tensors.form
+        self.param_table = param_table
         self.of: dict[str, Plan] = {}
-        self.has_lazy_grads = any(map(_is_lazy, tensors.grads))
+        self.grad_forms = Forms(grads)
+        self.param_forms: Forms | None = None
+        self.has_unusual_grads = any(
+            grad is not None and (_is_lazy(grad) or not grad.is_contiguous()) for grad in grads
+        )
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
         self.can_be_kept = all(
-            grad is None or grad.shape == param.shape for param, grad in zip(roster.params, tensors.grads, strict=True)
+            grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
         )
 
-    def are_for(self, chains: tuple[Chain, ...], roster: Roster, tensors: Tensors) -> bool:
+    def are_for(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> bool:
         """Whether all that they depend on is as it was."""
         return (
             all(map(is_, self.chains, chains))
-            and self.roster is roster
-            and self.form == tensors.form
-            and all(map(_is_unchanged, self.seen, self.look()))
+            and self.param_table is param_table
+            and self.grad_forms.are_of(grads)
+            and (self.param_forms is None or self.param_forms.are_of(param_table.params))
+            and all(map(_is_unchanged, self.known_values, self.group_values()))
             and all(plan.holds() for plan in self.of.values())
         )
 
     def finish(self) -> None:
         """Sum up, when all are there."""
         self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
-        self.seen = self.look()
+        self.known_values = self.group_values()
+        if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
+            self.param_forms = Forms(self.param_table.params)
 
-    def look(self) -> list[Any]:
+    def group_values(self) -> list[Any]:
         """The values in the groups that all plans depend on."""
-        return [group.get(key) for group in self.roster.groups for key in ("param_names", "differentiable")]
+        return [group.get(key) for group in self.param_table.groups for key in ("param_names", "differentiable")]
 
 
 def _is_unchanged(old: Any, new: Any) -> bool:
@@ -386,15 +400,15 @@ class Step:
         self.engine = engine
         self.owner = engine.owner
         engine.check_keys()
-        engine.follow()
-        self.roster = engine.roster
+        engine.synced_states()
+        self.param_table = engine.param_table
         self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
         self.inner_state: Any = None
-        self.cannot_raise = not with_closure and self.look().cannot_raise and not self.owner._hooked_slots
+        self.cannot_raise = not with_closure and self.make_plans().cannot_raise and not self.owner._hooked_slots
         self.before: list[Tensor] = []
         if self.owner.update or (not self.cannot_raise and self._can_fail_late(with_closure)):
-            self.before = [param.detach().clone() for param in self.roster.params]
+            self.before = [param.detach().clone() for param in self.param_table.params]
 
     @property
     def skips(self) -> bool:
@@ -407,26 +421,26 @@ class Step:
         plans = (self.plans or {}).values()
         return self.engine.states.are_shown and all(plan.cannot_raise or plan.has_run for plan in plans)
 
-    def look(self) -> Plans:
+    def make_plans(self) -> SlotPlans:
         """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
         with torch.no_grad():
-            tensors = Tensors(self.roster.params)
-            plans = self.engine.plans(self.roster, tensors)
-            self.plans, self.grads = plans.of, tensors.grads
-            if plans.has_lazy_grads or not tensors.has_usual_grads:
+            self.grads = [param.grad for param in self.param_table.params]
+            plans = self.engine.plans(self.param_table, self.grads)
+            self.plans = plans.of
+            if plans.has_unusual_grads:
                 self._make_grads_writable()
             return plans
 
     def _make_grads_writable(self) -> None:
         hooked, pre = "pre" in self.owner._hooked_slots, self.plans.get("pre") if self.plans else None
         touched = set(pre.touched if pre else ())
-        rescaled = {id(group) for group in self.roster.groups if rescales(group)}
-        for i, (member, grad) in enumerate(zip(self.roster.members, self.grads, strict=True)):
-            if grad is None or not (hooked or i in touched or id(member.group) in rescaled):
+        rescaled = {id(group) for group in self.param_table.groups if rescales(group)}
+        for i, (entry, grad) in enumerate(zip(self.param_table.entries, self.grads, strict=True)):
+            if grad is None or not (hooked or i in touched or id(entry.group) in rescaled):
                 continue
             if hooked and grad.layout is not torch.strided:
-                raise TypeError(f"pre, {member.place()}: {needs_dense(grad)}")
-            self.grads[i] = member.param.grad = _writable(grad)
+                raise TypeError(f"pre, {entry.place()}: {needs_dense(grad)}")
+            self.grads[i] = entry.param.grad = _writable(grad)
 
     def transform_grads(self) -> None:
         """Do all that precedes the inner step."""
@@ -437,13 +451,13 @@ class Step:
             is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.cannot_raise or plan.has_run)
             saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads if grad is not None]
             try:
-                self._run("pre", self.grads, {"param": self.roster.params})
+                self._run("pre", self.grads, {"param": self.param_table.params})
                 self._run_hooks("pre")
             except BaseException:
                 for grad, value in saved:
                     grad.copy_(value)
                 raise
-            for index, group in enumerate(self.roster.groups):
+            for index, group in enumerate(self.param_table.groups):
                 if rescales(group):
                     _rescale_grads(index, group)
 
@@ -455,7 +469,7 @@ class Step:
             with torch.enable_grad():
                 loss = closure()
             self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
-            self.look()
+            self.make_plans()
             try:
                 self.transform_grads()
             except SkippedStep as skipped:
@@ -478,14 +492,14 @@ class Step:
         """Do what ``update`` and ``post`` do."""
         with torch.no_grad():
             if self.plans is None:  # the closure was not called
-                self.plans = self.look().of
-            params, update = self.roster.params, self.plans.get("update")
+                self.plans = self.make_plans().of
+            params, update = self.param_table.params, self.plans.get("update")
             if update is not None and update.touched:
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
                 moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
                 if not update.is_plain:  # elementwise, so that shards do
                     moved, before = list(map(local, moved)), list(map(local, before))
-                _subtract(moved, before, looks=update.is_on_cpu and not torch.compiler.is_compiling())
+                _subtract(moved, before, checks_sums=update.is_on_cpu and not torch.compiler.is_compiling())
                 self._run("update", params, {"param": self.before, "grad": self.grads})
                 torch._foreach_add_(moved, before)
             self.transform_params()
@@ -493,7 +507,7 @@ class Step:
     def transform_params(self) -> None:
         """Do what ``post`` does."""
         with torch.no_grad():
-            self._run("post", self.roster.params, {"grad": self.grads})
+            self._run("post", self.param_table.params, {"grad": self.grads})
             self._run_hooks("post")
 
     def keep_states(self) -> None:
@@ -506,12 +520,12 @@ class Step:
         """Keep the new states, and show them to the inner optimizer."""
         self.keep_states()
         self.engine.states.new.clear()
-        self.engine.states.show_in(self.owner.inner_opt)
+        self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Give the parameters back the values that they had, where they can have moved."""
-        for param, value in zip(self.roster.params, self.before, strict=False):
+        for param, value in zip(self.param_table.params, self.before, strict=False):
             param.copy_(value)
 
     def skip(self, skipped: SkippedStep) -> Any:
@@ -530,12 +544,12 @@ class Step:
         self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise))
 
     def _run_hooks(self, slot: str) -> None:
-        for member in self.roster.members if slot in self.owner._hooked_slots else ():
-            if slot == "post" or member.param.grad is not None:
+        for entry in self.param_table.entries if slot in self.owner._hooked_slots else ():
+            if slot == "post" or entry.param.grad is not None:
                 try:
-                    self.owner._run_hook(slot, member)
+                    self.owner._run_hook(slot, entry)
                 except Exception as error:
-                    locate(error, f"{slot}, {member.place()}")
+                    locate(error, f"{slot}, {entry.place()}")
                     raise
 
     def _can_fail_late(self, with_closure: bool) -> bool:
@@ -557,13 +571,13 @@ def _writable(grad: Tensor) -> Tensor:
     return (grad.contiguous() if shares else grad).resolve_conj().resolve_neg()
 
 
-def _subtract(params: list[Tensor], before: list[Tensor], *, looks: bool) -> None:
+def _subtract(params: list[Tensor], before: list[Tensor], *, checks_sums: bool) -> None:
     """Replace parameters by how far they have moved: where they are infinite as before, not at all.
 
-    There, inf - inf would be NaN. Masks take longer than all else here; ``looks`` is to find out first, from sums,
-    whether any are needed, which on devices other than the CPU would be to wait.
+    There, inf - inf would be NaN. Masks take longer than all else here, so ``checks_sums`` finds out first, from sums,
+    whether any are needed. On devices other than the CPU, that would be to wait.
     """
-    stays = [] if looks and _are_finite(before) else list(map(torch.eq, params, before))
+    stays = [] if checks_sums and _are_finite(before) else list(map(torch.eq, params, before))
     torch._foreach_sub_(params, before)
     for tensor, same in zip(params, stays, strict=False):
         tensor.masked_fill_(same, 0)
@@ -607,7 +621,7 @@ def _rescale_grads(group_index: int, group: Group) -> None:
             grad.add_(bias)
 
 
-def is_rehearsal(param_groups: Sequence[Group]) -> bool:
+def is_dry_run(param_groups: Sequence[Group]) -> bool:
     """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
     for group in param_groups:
         lr = group.get("lr")

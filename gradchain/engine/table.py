@@ -10,70 +10,20 @@ from typing import Any
 import torch
 
 FOREACH = frozenset(
-    [
-        "abs",
-        "neg",
-        "exp",
-        "expm1",
-        "log",
-        "log1p",
-        "log2",
-        "log10",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "sign",
-        "sigmoid",
-        "tanh",
-        "tan",
-        "sin",
-        "cos",
-        "sinh",
-        "cosh",
-        "asin",
-        "acos",
-        "atan",
-        "erf",
-        "erfc",
-        "lgamma",
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "frac",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "pow",
-        "maximum",
-        "minimum",
-        "clamp_min",
-        "clamp_max",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-    ]
+    """
+    abs neg exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal sign sigmoid tanh tan sin cos sinh cosh asin acos
+    atan erf erfc lgamma floor ceil round trunc frac add sub mul div pow maximum minimum clamp_min clamp_max lerp
+    addcmul addcdiv
+    """.split()  # noqa: SIM905 # a list would take a line for each
 )
 """Operations that ``torch._foreach_*`` has for lists, in place too."""
 
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 
 VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "select",
-        "slice",
-        "permute",
-        "transpose",
-        "t",
-        "alias",
-        "diagonal",
-    ]
+    """
+    view _unsafe_view unsqueeze squeeze expand select slice permute transpose t alias diagonal
+    """.split()  # noqa: SIM905 # a list would take a line for each
 )
 """Operations whose result is in the memory of their first argument."""
 

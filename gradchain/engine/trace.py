@@ -29,6 +29,10 @@ class Ref(NamedTuple):
     number: int
 
 
+FILLS = frozenset({"zeros_like", "ones_like", "full_like", "scalar_tensor", "_to_copy"})
+"""Operations that torch does not call pointwise, although no element depends on elements in other places."""
+
+
 class Device:
     """Stands for the device of the tensors, since a trace has no device of its own."""
 
@@ -84,7 +88,9 @@ class Trace:
         """Whether each element of the results depends on the elements of the inputs in the same place alone."""
         shape = self.forms[self.inputs[TENSOR]][0]
         shapes = (self.forms[n][0] for n in (*self.inputs.values(), *self.outputs.values()))
-        return all(call.is_pointwise for call in self.calls) and all(each in ((), shape) for each in shapes)
+        return all(call.is_pointwise or call.name in FILLS for call in self.calls) and all(
+            each in ((), shape) for each in shapes
+        )
 
     def calls_alike(self, other: Trace) -> bool:
         """Whether ``other`` has the same calls, with the same numbers in them."""

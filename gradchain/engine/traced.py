@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from gradchain._sharding import local_part
 from gradchain.contract import Group, compute_dtype, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
-from gradchain.stage import Part
+from gradchain.stage import Combinator, Part, Stage
 
 if TYPE_CHECKING:
-    from gradchain.engine.operations import Item, View
+    from gradchain.engine.operations import SlotTensor, View
 
 NUMBER, VALUE, CONTEXT, STATE, VIEW = "number:", "value:", "context:", "state:", "view:"
 """How the name of an input begins: a number or a tensor of the group, and so on."""
@@ -36,9 +37,12 @@ class Traced(NamedTuple):
     def holds(self, group: Group) -> bool:
         """Whether it is a trace for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
-            is_same_value(kind_of(group.get(key, ABSENT)) if type(value) is Kind else group.get(key, ABSENT), value)
-            for key, value in self.keys.items()
+            _has(group, key, value) for key, value in self.keys.items()
         )
+
+    def reads(self, key: str) -> bool:
+        """Whether the stages read ``key`` of the context."""
+        return CONTEXT + key in self.trace.inputs
 
 
 class Kind(NamedTuple):
@@ -135,7 +139,9 @@ class TracedGroup(NotedGroup):
         return merged
 
 
-def trace_stages(parts: Sequence[Part], item: Item, views: Mapping[str, View], *, count: int | None = None) -> Traced:
+def trace_stages(
+    parts: Sequence[Part], item: SlotTensor, views: Mapping[str, View], *, count: int | None = None
+) -> Traced:
     """Trace what ``parts`` do, one after the other, to a tensor like that of ``item``.
 
     Args:
@@ -156,7 +162,7 @@ def trace_stages(parts: Sequence[Part], item: Item, views: Mapping[str, View], *
             raise UntracedStage(position, str(error)) from None
     key = (
         tuple((part.stage, part.path) for part in parts),
-        form_of(item.form),
+        form_of(item.example),
         tuple((name, form_of(value)) for name, value in item.context.items()),
         tuple((name, form_of(value)) for name, value in item.states.items()),
         tuple((path, name, form_of(value)) for path, view in views.items() for name, value in view.items()),
@@ -177,7 +183,7 @@ _KNOWN: dict[Any, Traced] = {}
 
 def _trace(
     parts: Sequence[Part],
-    item: Item,
+    item: SlotTensor,
     group: Group,
     views: Mapping[str, View],
     count: int | None,
@@ -205,7 +211,7 @@ class _Attempt:
     def __init__(
         self,
         parts: Sequence[Part],
-        item: Item,
+        item: SlotTensor,
         group: Group,
         views: Mapping[str, View],
         count: int | None,
@@ -214,7 +220,7 @@ class _Attempt:
         self.parts = parts
         self.count = count
         self.position = 0
-        form = local_part(item.form)
+        form = local_part(item.example)
         self.inputs = {TENSOR: self._empty(form)}
         self.inputs |= {CONTEXT + key: self._empty(local_part(value)) for key, value in item.context.items()}
         for part in parts:
@@ -251,7 +257,7 @@ class _Attempt:
             self.group.numbers.clear()
             start = STATE + part.path
             state = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
-            group = self.group | context | self.views[part.path]
+            group = self.group | seen_by(part.stage, tensor, context) | self.views[part.path]
             tensor, new_state = part.stage.act(tensor, group, state)
             outputs |= {start + key: value for key, value in new_state.items()}
         return {TENSOR: tensor, **outputs}
@@ -269,10 +275,32 @@ class _Attempt:
         return torch.empty_strided(shape, stride, dtype=value.dtype, device=META)
 
 
+def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The context for a stage. Masks within one that holds others choose by the parameter, in ``post`` too."""
+    return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
+
+
+def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
+    """What has to hold so that traces hold, of which each is for an item."""
+    found: dict[Any, Callable[[], bool]] = {}
+    for item, each in traced:
+        for reading in each.readings:
+            found[id(reading.read), id(reading.value)] = reading.holds
+        for key, value in each.keys.items():
+            if key not in item.own_keys:
+                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value)
+    return list(found.values())
+
+
+def _has(group: Group, key: str, value: Any) -> bool:
+    now = group.get(key, ABSENT)
+    return is_same_value(kind_of(now) if type(value) is Kind else now, value)
+
+
 def form_of(value: Any) -> Any:
-    """All that a trace depends on of a tensor."""
+    """All that a trace depends on of a tensor: not its device, since tensors in a trace have no data."""
     value = local_part(value)
-    return tuple(value.shape), value.stride(), value.dtype, value.device
+    return tuple(value.shape), value.stride(), value.dtype
 
 
 def _reason(error: Exception) -> str:

@@ -55,7 +55,7 @@ def _by_keyword(index: int, key: str, trace: Trace) -> Any:
 def _is_long_norm(trace: Trace, index: int) -> bool:
     call = trace.calls[index]
     shape = trace.forms[call.args[0].number][0]
-    ord, dims = (*call.args[1:], *(2.0, None)[len(call.args) - 1 :])[:2]
+    ord, dims = (*call.args[1:], 2.0, None)[:2] if len(call.args) == 1 else (*call.args[1:], None)[:2]
     size = math.prod(shape[d] for d in (range(len(shape)) if dims is None else dims))
     return isinstance(ord, int | float) and is_long(size, float(ord))
 

@@ -25,7 +25,7 @@ def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **argume
 
 def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    if torch._C._are_functorch_transforms_active():  # functorch has no rule for lists
+    if torch._C._are_functorch_transforms_active():  # functorch does not know functions of lists
         return [norm(tensor, ord, dtype=dtype) for tensor in tensors]
     if is_distributed(tensors[0]):
         # In one go, and also where this process has no elements: the others wait for it.

@@ -143,11 +143,12 @@ def clip_by_zscore(
 
 def _factor(tensor: Tensor, group: Group) -> Tensor:
     """What makes the limit of a norm above it, with the device and the dtype of ``tensor``."""
-    return shrinkage(group["length"], group["limit"]).to(tensor.device, tensor.real.dtype)
+    limit = _positive(group["limit"])  # of zeros, so that the factor has a derivative
+    return shrinkage(group["length"], limit).to(tensor.device, tensor.real.dtype)
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:
-    """The percentile of what is finite; by hand, since ``vmap`` has no rule for ``torch.nanquantile``."""
+    """The percentile of what is finite; by hand, since ``vmap`` cannot map ``torch.nanquantile``."""
     ordered = values.sort().values  # what is finite first
     place = percent / 100 * (values.isfinite().sum() - 1).clamp_min(0).to(values.dtype)
     below, above = (ordered.gather(0, index.long().reshape(1)).squeeze(0) for index in (place.floor(), place.ceil()))

@@ -1,6 +1,6 @@
 r"""Euclidean projections: each returns the point of a set that is nearest to the tensor.
 
-They act on the whole (sub-)tensor, of any shape, unless they are elementwise.
+They act on the whole (sub-)tensor, of any shape, unless they act on each element.
 """
 
 import math

@@ -4,9 +4,9 @@ They belong in ``pre``. When one says that the step must not be made, ``ParamTra
 the state of the inner optimizer and the states of all other transforms as they were, and keeps the counters only. To
 know, the host reads one flag a step, so a GPU is waited for once a step, as ``GradScaler`` does it.
 
-The counters are in the state, for parameter 0 and ``skip_nonfinite`` in ``pre``
-``optimizer.state_dict()["state"][0]["transforms"]["pre"]["skip_nonfinite"]``, or, once the inner optimizer has made a
-step, ``optimizer.state[p]["transforms"]["pre"]["skip_nonfinite"]``:
+The counters are in the state, for parameter 0 in ``optimizer.state_dict()["state"][0]["transforms"]``, or, once the
+inner optimizer has made a step, in ``optimizer.state[p]["transforms"]``. Their keys begin with the slot and the name of
+the transform, such as ``"pre.skip_nonfinite.total"``:
 
 ==============  ======================================================================================================
 ``in_a_row``    how many of the last steps were skipped, without a good one between

@@ -100,7 +100,8 @@ def test_names_of_a_model_break_no_graph() -> None:
     assert breaks <= compile_bare(Adam)[0]
     assert graphs == 1
     for index, (param, before) in enumerate(zip(params, make_params(), strict=True)):
-        assert param.grad is not None and before.grad is not None
+        assert param.grad is not None
+        assert before.grad is not None
         assert_close(param.grad, before.grad * (2**4 if index == 0 else 1))
 
 

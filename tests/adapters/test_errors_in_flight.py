@@ -31,6 +31,7 @@ from gradchain import (
     transform,
     zero_nonfinite,
 )
+from gradchain.engine.blocks import Block
 from tests.adapters.common import average
 
 SHAPES = [(3, 2), (4,), (2,)]
@@ -91,11 +92,9 @@ def is_equal(actual: Any, expected: Any) -> bool:
     return torch.equal(actual, expected) if isinstance(actual, Tensor) else bool(actual == expected)
 
 
-def counts(state: Any) -> list[int]:
+def counts(states: dict[int, Any]) -> list[int]:
     """How often each ``average`` has been asked."""
-    if "count" in state:
-        return [int(state["count"])]
-    return [count for value in state.values() if isinstance(value, dict) for count in counts(value)]
+    return [int(value) for state in states.values() for key, value in state.items() if key.endswith(".count")]
 
 
 # Errors
@@ -205,11 +204,15 @@ class OutOfMemoryError(RuntimeError):
 
 
 @pytest.mark.parametrize("slot", ["pre", "update", "post"])
-def test_rule_that_runs_out_of_memory(slot: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_out(tensors: list[Tensor], group: Group, **_: Any) -> None:
-        tensors[0].zero_()
-        raise OutOfMemoryError("out of memory")
+def test_program_that_runs_out_of_memory(slot: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(block: Block, given: list[Any]) -> None:
+        if any(name.startswith(f"state:{slot}.") for name in block.program.inputs):
+            tensors = given[block.program.inputs.index("tensor")]
+            (tensors if isinstance(tensors, Tensor) else tensors[0]).zero_()
+            raise OutOfMemoryError("out of memory")
+        call(block, given)
 
+    call = Block.call
     chains: dict[str, Any] = {"pre": ema(0.5), slot: chain(ema(0.5), zero_nonfinite())}
     trainer = Trainer(**chains)
     for number in range(2):
@@ -218,16 +221,13 @@ def test_rule_that_runs_out_of_memory(slot: str, monkeypatch: pytest.MonkeyPatch
     trainer.step(2)
     after = trainer.checkpoint()
     trainer.load(checkpoint)
-    factory: Any = zero_nonfinite
     with monkeypatch.context() as patch:
-        patch.setattr(factory.definition, "rule", run_out)
-        with pytest.raises(
-            OutOfMemoryError, match=rf"^{slot}: stage 1, broadcast\(zero_nonfinite\(\)\): out of memory$"
-        ):
+        patch.setattr(Block, "call", run_out)
+        with pytest.raises(OutOfMemoryError, match=rf"^{slot}: out of memory$"):
             trainer.step(2)
     if slot != "post":
         assert is_equal(trainer.values(), values)
-    else:  # built-in transforms work in place, without copies
+    else:  # programs work in place, without copies
         assert not trainer.params[0].any()
     trainer.load(checkpoint)
     trainer.step(2)
@@ -263,8 +263,8 @@ def test_inner_optimizer_that_raises(chains: Any, is_restored: bool, error: type
 PLACES = tuple(str(Path(str(package.__file__)).parent) for package in (gradchain, torch.optim))
 
 
-def interrupt_at(line: int, call: Callable[[], None]) -> bool:
-    """Press Ctrl-C when ``call`` has come to a number of lines in gradchain or ``torch.optim``; whether it has."""
+def interrupt_at(line: int, call: Callable[[], None]) -> int:
+    """Press Ctrl-C when ``call`` has come to a number of lines in gradchain or ``torch.optim``; how many are left."""
 
     def in_file(frame: FrameType, event: str, argument: Any) -> Any:
         return in_function if frame.f_code.co_filename.startswith(PLACES) else None
@@ -282,10 +282,9 @@ def interrupt_at(line: int, call: Callable[[], None]) -> bool:
         call()
     except KeyboardInterrupt:
         torch.set_grad_enabled(True)  # a step of torch that is interrupted in its last lines leaves it off
-        return True
     finally:
         sys.settrace(tracer)
-    return False
+    return line
 
 
 def interrupt_after(seconds: float, call: Callable[[], None]) -> None:
@@ -305,6 +304,10 @@ def shrink(tensor: Tensor, group: Group) -> Tensor:
     return 0.9 * tensor
 
 
+def shrink_untraced(tensor: Tensor, group: Group) -> Tensor:
+    return 0.9 * tensor if tensor.sum().isfinite() else tensor
+
+
 class Hooked(ParamTransformingOptimizer):
     def _post_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         param.mul_(0.9)
@@ -316,7 +319,7 @@ BUILT_IN: dict[str, Any] = {
 }
 WITH_COPIES: list[Callable[[], Trainer]] = [
     partial(Trainer, **BUILT_IN, update=chain(cautious(), ema(0.5))),
-    partial(Trainer, pre=chain(ema(0.5), shrink), post=param_ema(0.5)),
+    partial(Trainer, pre=chain(ema(0.5), shrink_untraced), post=param_ema(0.5)),
     partial(Trainer, pre=ema(0.5), update=shrink, post=broadcast(shrink, None)),
     partial(Trainer, Wrapper=Hooked, **BUILT_IN),
     partial(Trainer, "SGD with a closure", **BUILT_IN),
@@ -326,7 +329,8 @@ WITH_COPIES: list[Callable[[], Trainer]] = [
 IN_PLACE: list[Callable[[], Trainer]] = [
     partial(Trainer, **BUILT_IN),
     partial(Trainer, "SGD", **BUILT_IN),
-    partial(Trainer, pre=chain(ema(0.5), shrink)),
+    partial(Trainer, pre=chain(ema(0.5), shrink_untraced)),
+    partial(Trainer, pre=chain(ema(0.5), shrink), post=param_ema(0.5)),
 ]
 
 
@@ -358,12 +362,15 @@ class Cut:
 
 @pytest.mark.parametrize("make", [*WITH_COPIES, *IN_PLACE])
 def test_interrupted_at_any_line(make: Callable[[], Trainer]) -> None:
-    cut, line, whole = Cut(make()), 0, True
-    while interrupt_at(line, cut.step):
+    cut, whole = Cut(make()), True
+    cut.assert_a_checkpoint_goes_on()
+    lines = 10**6 - interrupt_at(10**6, cut.step)
+    cut.assert_a_checkpoint_goes_on()
+    # A plan takes most of the lines. It is there before anything moves.
+    for line in (*range(0, lines - 400, lines // 30), *range(lines - 400, lines - 13, 13)):
+        assert interrupt_at(line, cut.step) < 0
         whole &= cut.is_before_or_after()
         cut.assert_a_checkpoint_goes_on()
-        line += 13
-    assert line > 300
     assert whole == (make in WITH_COPIES)
 
 

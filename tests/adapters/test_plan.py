@@ -174,6 +174,18 @@ def test_mask_that_reads_a_hyperparameter() -> None:
     assert norms == pytest.approx([5.0, 1.0, 5.0])
 
 
+def test_each_stage_checks_what_changes_in_mid_run() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optim = wrapped([param], pre=chain(clip_by_norm(1.0), scale(2.0), clip_by_norm(2.0)))
+    for key in ("clip_by_norm.max_norm", "clip_by_norm_2.max_norm"):
+        set_grad(param, 1.0)
+        optim.step()
+        good, optim.param_groups[0][key] = optim.param_groups[0][key], -2.0
+        with pytest.raises(ValueError, match=key):
+            optim.step()
+        optim.param_groups[0][key] = good
+
+
 # found: 1
 def test_a_plan_is_kept() -> None:
     model, rest = TwoHeads(), nn.Parameter(torch.ones(3))
@@ -230,5 +242,7 @@ def test_sparse_gradient_that_is_asked_for() -> None:
     optim = wrapped(model.named_parameters(), pre=masked(clip_by_norm(1.0), "emb*"))
     model["lin"](model["emb"](torch.tensor([1]))).sum().backward()
     where = r"^pre, group 0, parameter 0 'emb.weight' of shape \(5, 3\), torch.float32: "
-    with pytest.raises(TypeError, match=where + r"transforms need a dense gradient, got the layout torch.sparse_coo"):
+    with pytest.raises(
+        TypeError, match=where + r"stage 0, .*transforms need a dense gradient, got the layout torch.sparse_coo"
+    ):
         optim.step()

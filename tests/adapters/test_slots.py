@@ -128,11 +128,11 @@ def test_states_by_hand() -> None:
     group: Group = {}
     t = chain(sign(), average())
     state = t.init(x, group)
-    assert set(state) == {"average"}
+    assert set(state) == {"average.mean", "average.count"}
     out, new_state = t.update(x, group, state)
     torch.testing.assert_close(out, torch.tensor([0.1, 0.1]))
-    assert state["average"]["count"].item() == 0
-    assert new_state["average"]["count"].item() == 1
+    assert state["average.count"].item() == 0
+    assert new_state["average.count"].item() == 1
     with pytest.raises(
         TypeError, match=r"chain\(sign\(\), average\(\)\) has a state.*state = t.init\(tensor, group\); tens"
     ):
@@ -167,14 +167,14 @@ def test_states_live_beside_those_of_the_inner_optimizer(InnerOpt: Any) -> None:
         kept = optim.state.get(ours, {})
         assert kept.keys() - {"transforms"} == inner.state.get(theirs, {}).keys()
         assert ("transforms" in kept) == (ours.grad is not None)
-    counts = [states["post"]["average"]["count"].item() for states in optim._engine.states.by_param.values()]
-    assert counts == [3, 3, 3]
-    assert [
-        states["pre"]["average"]["count"].item() for states in optim._engine.states.by_param.values() if "pre" in states
-    ] == [
-        3,
-        3,
-    ]
+    assert counts(optim, "post") == [3, 3, 3]
+    assert counts(optim, "pre") == [3, 3]
+
+
+def counts(optim: ParamTransformingOptimizer, slot: str) -> list[int]:
+    """What the ``average`` of a slot has counted, where there is a state."""
+    key, states = f"{slot}.average.count", optim._engine.states.by_param.values()
+    return [int(state[key]) for state in states if key in state]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
@@ -215,7 +215,7 @@ def test_states_advance_once_a_step_however_often_the_closure_is_called() -> Non
 
     optim.step(closure)
     assert evaluations > 2
-    assert [optim.state[x]["transforms"][slot]["average"]["count"].item() for slot in ("pre", "post")] == [1, 1]
+    assert [optim.state[x]["transforms"][f"{slot}.average.count"].item() for slot in ("pre", "post")] == [1, 1]
 
 
 def test_post_starts_at_the_parameters_before_the_first_step() -> None:
@@ -240,7 +240,7 @@ def test_step_without_lr_and_gradients_moves_nothing(InnerOpt: Any) -> None:
         param.grad = torch.zeros_like(param)
     optim.step()
     assert_equal([param.detach() for param in params], before)
-    assert {states["pre"]["average"]["count"].item() for states in optim._engine.states.by_param.values()} == {0}
+    assert set(counts(optim, "pre")) == {0}
 
 
 # Instances that others touch too
@@ -312,10 +312,10 @@ def test_a_chain_with_other_states_in_place_of_one(slot: str) -> None:
     kept = average() if slot == "post" else masked(average(), lambda group: True)
     optim = with_chains(params, {slot: chain(kept, ema(0.9), lookahead(2, 0.5))})
     train(optim, params, range(2))
-    states = copy.deepcopy(optim._engine.states.by_param[params[0]][slot])
+    states = copy.deepcopy(optim._engine.states.by_param[params[0]])
     setattr(optim, slot, chain(trace(0.9), ema(0.5), average()))
-    now = optim._engine.states.by_param[params[0]][slot]
-    assert_equal(now, {key: states[key] for key in ("average", "ema")})
+    now, kept_paths = optim._engine.states.by_param[params[0]], (f"{slot}.average.", f"{slot}.ema.")
+    assert_equal(now, {key: value for key, value in states.items() if key.startswith(kept_paths)})
     other = with_chains(plain, {slot: chain(trace(0.9), ema(0.5), average())})
     other.load_state_dict(copy.deepcopy(optim.state_dict()))
     for theirs, ours in zip(plain, params, strict=True):

@@ -89,8 +89,9 @@ class Case(Call):
         return not any(re.search(rf"\b{name}\(", self.pre + self.update + self.post) for name in MEASURES)
 
     def keeps_inner_state(self) -> bool:
-        """Whether the inner optimizer has a state for each parameter, with which those of transforms can move."""
-        return "SGD" not in self.inner or "momentum" in self.inner
+        """Whether the inner optimizer gets a state for each parameter in its step, beside those of transforms."""
+        # Adagrad has its own from the start, where there are none of transforms yet.
+        return "Adagrad" not in self.inner and ("SGD" not in self.inner or "momentum" in self.inner)
 
     def dtypes(self, step: int) -> str:
         """The dtype that all parameters have in a step, if they have been given one."""

@@ -77,12 +77,12 @@ TEMPLATES = [
     _t("normalize_by_global_norm()"),
     _t("clip_by_history({percentile}, window=3)", "pre update", percentile=(20, 80)),
     _t("clip_by_zscore({threshold}, decay=0.8, warmup=2)", "pre update", threshold=(0.1, 1)),
-    *(_t("skip_large({max_norm}, 50)", "pre", max_norm=(3, 8)),) * 2,
+    *(_t("skip_large({max_norm}, 1)", "pre", max_norm=(3, 8)),) * 2,
     _t("skip_nonfinite(50)", "pre"),
 ]
 
 GUARDS = (
-    *("skip_nonfinite(50)", "zero_nonfinite()", "masked(skip_nonfinite(50), tensor(True))"),
+    *("skip_nonfinite(1)", "zero_nonfinite()", "masked(skip_nonfinite(50), tensor(True))"),
     *("with_error_feedback(skip_nonfinite(50))", "masked(masked(skip_nonfinite(50), is_even), tensor(True))"),
 )
 
@@ -128,7 +128,7 @@ class Draw:
             bomb = self.wrap("may_fail", 1) if rng.random() < 0.4 else "may_fail"
             chains[slot] = f"{before}chain({bomb}, {after}" if rng.random() < 0.5 else f"chain({chains[slot]}, {bomb})"
             pre, update, post = chains
-        count = rng.choice((4, 5, 6)) + 2 * self.is_calm
+        count = rng.choice((3, 4, 5)) + 2 * self.is_calm
         groups = self.groups()
         steps: list[Step] = []
         for number in range(count):
@@ -205,7 +205,7 @@ class Draw:
 
     def group(self, letter: str, joins: int) -> ParamGroup:
         rng = self.rng
-        shapes = [(3,), (2, 3), (3, 3), (2, 2, 3), (2, 3, 2, 3), (1, 3), (0, 3)] + [()] * (3 * self.has_scalars)
+        shapes = [(3,), (2, 3), (3, 3), (2, 2, 3), (1, 2, 2, 3), (1, 3), (0, 3)] + [()] * (3 * self.has_scalars)
         params = []
         for number in range(rng.choice((1, 2, 3))):
             shape = rng.choice(shapes)

@@ -200,6 +200,7 @@ class Loops:
             if isinstance(stop, Skipped):
                 self.states = {**started, stop.place: stop.state}
                 self.skipped = True
+                self.failed = bool(stop.state["too_many"])
             else:
                 self.failed = True
             with torch.no_grad():

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from gradchain import ParamTransformingOptimizer
 
@@ -62,6 +63,14 @@ def step_gradients(module: nn.Module, steps: int, batches: Iterable[int]) -> lis
     return found
 
 
+def copy_of(grad: Any) -> Any:
+    """A copy that is distributed in the same way; ``clone`` would add up a gradient that is partial."""
+    if not isinstance(grad, DTensor):
+        return grad.clone()
+    place: dict[str, Any] = {"shape": grad.shape, "stride": grad.stride(), "run_check": False}
+    return DTensor.from_local(grad.to_local().clone(), grad.device_mesh, grad.placements, **place)
+
+
 def train(params: list[Any], grads: list[list[Any]], **options: Any) -> list[Any]:
     """The parameters, and what the state has for them, after all steps; the parameters stay as they are."""
     torch.manual_seed(0)
@@ -70,7 +79,7 @@ def train(params: list[Any], grads: list[list[Any]], **options: Any) -> list[Any
     optim = ParamTransformingOptimizer(named, **{"lr": 0.25, **options})
     for step in grads:
         for param, grad in zip(params, step, strict=True):
-            param.grad = grad.clone()
+            param.grad = copy_of(grad)
         optim.step()
     trained = [param.detach().clone() for param in params]
     states = [optim.state[param].get("transforms", {}) for param in params]

@@ -77,7 +77,7 @@ def trainings() -> list[dict[str, Any]]:
     found = []
     for row in ROWS:
         definition = row.definition if isinstance(row, BoundTransform) else None
-        depends = definition is None or not (definition.elementwise or definition.whole)
+        depends = definition is None or definition.acts_on == "unit"
         for param_ndim in (-1, None) if depends else (-1,):
             for count in (3, 2):
                 chains = {}

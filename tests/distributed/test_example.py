@@ -1,5 +1,6 @@
 """The example is started as its docstring says, and shows that shards make no difference."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 def test_example() -> None:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([sys.executable, *start, EXAMPLE], capture_output=True, text=True, check=False, timeout=60)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that each process writes its line at once
+    done = subprocess.run(
+        [sys.executable, *start, EXAMPLE], capture_output=True, text=True, check=False, timeout=60, env=buffered
+    )
     assert done.returncode == 0, done.stderr
     said = re.findall(r"process \d of 2: (\d+) of (\d+) elements, largest difference (\S+)", done.stdout)
     assert len(said) == 2

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 
 import gradchain as gc
 from gradchain import Group, ParamTransformingOptimizer, State, chain, transform
-from gradchain._sharding import distribute
+from gradchain._sharding import distribute_like
 from tests.distributed.common import BATCHES, Parameters, my_batches, set_gradients, sharded, step_gradients, train
 from tests.distributed.processes import Processes, join, parts
 
@@ -29,14 +29,14 @@ def of_zeros(tensor: Tensor, group: Group) -> State:
 
 @transform(init=of_zeros, acts_on="element")
 def average(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
-    """Has no rule, and a state that is no part of a tensor."""
+    """Has a state that is no part of a tensor."""
     total: Tensor = state["sum"] + tensor
     steps: Tensor = state["steps"] + 1
     return total / steps, {"sum": total, "steps": steps}
 
 
 def measure_largest(tensors: list[Tensor]) -> Group:
-    return {"largest": torch.stack([tensor.abs().max() for tensor in tensors]).max()}
+    return {"largest": torch.stack([tensor.abs().amax() for tensor in tensors]).amax()}
 
 
 @transform(measure=measure_largest)
@@ -57,7 +57,7 @@ def subtract_start(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, 
 
 
 def reverse(tensor: Tensor, group: Group) -> Tensor:
-    return tensor.flip(0)
+    return tensor.flip(tuple(range(tensor.ndim)))
 
 
 CHAINS: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def skip_steps() -> list[Any]:
         optim.step()
         seen.append(parts([param.detach() for param in module.parameters()]))
     states = optim.state_dict()["state"]
-    return [seen, [int(states[0]["transforms"]["pre"][key]["total"]) for key in ("skip_nonfinite", "skip_large")]]
+    return [seen, [int(states[0]["transforms"][f"pre.{key}.total"]) for key in ("skip_nonfinite", "skip_large")]]
 
 
 def test_all_processes_skip(processes: Processes) -> None:
@@ -146,14 +146,44 @@ def count_collectives() -> list[Any]:
         counts.append(mode.get_total_counts())
     optim = ParamTransformingOptimizer(params, pre=gc.trace(0.9), lr=0.1)
     optim.step()
-    traces = [optim.state[param]["transforms"]["pre"]["trace"]["trace"] for param in params]
+    traces = [optim.state[param]["transforms"]["pre.trace.trace"] for param in params]
     return [counts, [trace.placements == p.placements for trace, p in zip(traces, params, strict=True)]]
 
 
 def test_nothing_is_sent_for_rows(processes: Processes) -> None:
     for counts, placed in processes.run(4, count_collectives):
-        assert counts == [0, 1, 3]
+        assert counts == [0, 1, 2]  # centralize leaves a vector alone
         assert all(placed)
+
+
+def by_size(tensor: Tensor, group: Group) -> Tensor:
+    """Acts on each element, but otherwise on a part than on the whole."""
+    return tensor * 2 if tensor.numel() > 4 else tensor / 2
+
+
+def by_last_size(tensor: Tensor, group: Group) -> Tensor:
+    """What only some processes have a part for."""
+    return tensor * 2 if tensor.shape[0] != 1 else tensor / 2
+
+
+@transform
+def shrink_at_random(tensor: Tensor, group: Group, *, seed: int = 0) -> Tensor:
+    """Acts on rows, but draws for all of them together."""
+    generator = torch.Generator().manual_seed(seed)
+    return tensor * torch.rand((), generator=generator)
+
+
+def train_with_sizes() -> list[Any]:
+    params: list[Any] = list(sharded().parameters() if dist.is_initialized() else Parameters().parameters())
+    batches = my_batches() if dist.is_initialized() else range(BATCHES)
+    grads = step_gradients(sharded() if dist.is_initialized() else Parameters(), 1, batches)
+    options: list[Any] = [(by_size, None), (by_last_size, None), (shrink_at_random(), 1)]
+    return [parts(train(params, grads, pre=gc.broadcast(each, ndim))) for each, ndim in options]
+
+
+def test_what_depends_on_the_size_sees_the_whole(processes: Processes) -> None:
+    actual = join(processes.run(4, train_with_sizes))
+    torch.testing.assert_close(actual, join([train_with_sizes()]), rtol=1e-6, atol=1e-6)
 
 
 LAYOUTS: list[Callable[[], list[Any]]] = [
@@ -177,14 +207,17 @@ def train_on_mesh() -> list[Any]:
         for given in (placed, partial) if layout is LAYOUTS[-1] else (placed,):
             for chains in MESH_CHAINS:
                 trained, states = train([param], [[grad] for grad in given], **chains)
-                results.append([trained[0].full_tensor(), states[0]["pre"]["ema"]["average"].full_tensor()])
+                results.append([trained[0].full_tensor(), states[0]["pre.ema.average"].full_tensor()])
     return results
 
 
 MESH_CHAINS: list[dict[str, Any]] = [
     {"pre": chain(gc.ema(0.5), gc.sign()), "post": gc.project_l2_ball(1.0), "param_ndim": param_ndim}
     for param_ndim in (0, 1, None)
-] + [{"pre": chain(gc.ema(0.5), gc.clip_by_global_norm(0.5), gc.skip_nonfinite()), "update": gc.trust_ratio()}]
+] + [
+    {"pre": chain(gc.ema(0.5), gc.clip_by_global_norm(0.5), gc.skip_nonfinite()), "update": gc.trust_ratio()},
+    {"pre": chain(gc.sign(), gc.ema(0.5))},
+]
 
 
 def values(count: int, seed: int = 0) -> list[Tensor]:
@@ -197,7 +230,7 @@ def test_meshes_of_two_dimensions(processes: Processes) -> None:
     expected = []
     for chains in MESH_CHAINS:
         trained, states = train([nn.Parameter(values(1)[0])], [[grad] for grad in values(3, seed=1)], **chains)
-        expected.append([trained[0], states[0]["pre"]["ema"]["average"]])
+        expected.append([trained[0], states[0]["pre.ema.average"]])
     for result in processes.run(4, train_on_mesh):
         for actual, wanted in zip(result, itertools.cycle(expected), strict=False):
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
@@ -212,7 +245,7 @@ def distribute_as_partial() -> list[Tensor]:
             mine = distribute_tensor(whole, mesh, settled).to_local()
             of_whole: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
             like = DTensor.from_local(mine, mesh, placements, run_check=False, **of_whole)
-            distributed = distribute(whole, like)
+            distributed = distribute_like(whole, like)
             assert distributed.placements == like.placements
             results.append(distributed.full_tensor())
     return results
@@ -238,7 +271,7 @@ def fail() -> list[Any]:
     with pytest.raises(RuntimeError) as raised:
         optim.step()
     after = parts([param.detach() for param in module.parameters()])
-    state = optim.state_dict()["state"][0]["transforms"]["pre"]["ema"]["average"]
+    state = optim.state_dict()["state"][0]["transforms"]["pre.ema.average"]
     return [str(raised.value), before, after, int(state.to_local().count_nonzero())]
 
 

@@ -197,7 +197,7 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     resumed = fit(second, max_epochs=4, ckpt_path=tmp_path / "half.ckpt").optimizers[0].state_dict()
     assert_same(values(second), values(whole))
     assert_same(resumed["state"], expected["state"])
-    assert resumed["state"][0]["transforms"].keys() == {"pre", "post"}
+    assert resumed["state"][0]["transforms"].keys() == {"pre.ema.average", "post.param_ema.average"}
 
 
 # found: 7

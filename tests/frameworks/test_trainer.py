@@ -155,7 +155,7 @@ def test_a_checkpoint_continues_where_it_was_saved(adapt: Adapt, tmp_path: Path)
     assert_same(values(resumed), values(whole))
     expected, state = (t.optimizer.state_dict()["state"] for t in (trainer, again))
     assert_same(state, expected)
-    assert state[0]["transforms"].keys() == {"pre", "post"}
+    assert state[0]["transforms"].keys() == {"pre.ema.average", "post.param_ema.average"}
 
 
 # found: 7
