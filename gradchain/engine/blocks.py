@@ -304,22 +304,25 @@ class Stacked(Block):
         stacked, results = list(given), []
         for i, name in enumerate(self.program.inputs):
             if _is_of_each(name):
-                buffer, views = self._buffer(name, given[i])
-                stacked[i] = torch.stack(given[i], out=buffer)
+                stacked[i], views = self._stack(name, given[i])
                 if name in self.program.outputs:
                     results.append((given[i], views))
         self.program.run(*stacked, *self.constants)
         for tensors, views in results:
             torch._foreach_copy_(tensors, views)
 
-    def _buffer(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The memory in which tensors are stacked, which blocks of one form share."""
+    def _stack(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``tensors`` in one, and what each became in it. Blocks of one form use the same memory for it."""
+        if torch.compiler.is_compiling():  # and the memory is that of the graph
+            stacked = torch.stack(tuple(tensors))
+            return stacked, stacked.unbind()
         first = tensors[0]
         key = name, len(tensors), first.shape, first.dtype
         if key not in self.buffers:
             buffer = first.new_empty((len(tensors), *first.shape))
             self.buffers[key] = buffer, buffer.unbind()
-        return self.buffers[key]
+        buffer, views = self.buffers[key]
+        return torch.stack(tensors, out=buffer), views
 
 
 def _is_of_each(name: str) -> bool:
