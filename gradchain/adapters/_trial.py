@@ -11,10 +11,11 @@ from torch import Tensor
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate, show
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
 from gradchain.engine.plan import Plan
-from gradchain.engine.step import Engine, Step, is_dry_run
+from gradchain.engine.step import Step, is_dry_run
 from gradchain.explain import Explanation, Record, forked_rng
 
 INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}

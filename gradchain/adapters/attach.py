@@ -21,6 +21,7 @@ from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
 from gradchain.contract import Group, Transform, is_same
+from gradchain.engine.engine import Engine, Weak
 from gradchain.engine.groups import (
     ATTACHED,
     check_group,
@@ -35,7 +36,7 @@ from gradchain.engine.groups import (
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
 from gradchain.engine.states import KEY, SLOTS, ParamEntry, ParamTable, TransformStates
-from gradchain.engine.step import Engine, Step, Weak, is_dry_run, rescales
+from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 from gradchain.stage import below, beneath
 

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.contract import Group, is_same
+from gradchain.engine.engine import Engine
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
-from gradchain.engine.step import Engine, Step, is_dry_run
+from gradchain.engine.step import Step, is_dry_run
 from gradchain.stage import Combinator, Stage
 
 

@@ -22,6 +22,7 @@ from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
 from gradchain.contract import Group, Transform, is_same
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import (
     Params,
     check_group,
@@ -38,7 +39,7 @@ from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
-from gradchain.engine.step import Engine, Step, is_dry_run, rescales
+from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
+from gradchain.chain import Chain
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
+from gradchain.engine.forms import Forms
 from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
+from gradchain.engine.states import ParamTable
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
@@ -220,3 +223,52 @@ def _is_for_each_element(part: Part, item: SlotTensor, whole: Traced, views: Map
 def needs_dense(grad: Tensor) -> str:
     """What is wrong with a sparse gradient."""
     return f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()"
+
+
+class SlotPlans:
+    """The plan of each slot that has a chain, and what they depend on."""
+
+    def __init__(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> None:
+        self.chains = chains
+        self.param_table = param_table
+        self.of: dict[str, Plan] = {}
+        self.grad_forms = Forms(grads)
+        self.param_forms: Forms | None = None
+        self.has_unusual_grads = any(
+            grad is not None and (_is_lazy(grad) or not grad.is_contiguous()) for grad in grads
+        )
+        # A gradient that its parameter would not take any more is one of before the parameter was replaced.
+        self.can_be_kept = all(
+            grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
+        )
+
+    def are_for(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> bool:
+        """Whether all that they depend on is as it was."""
+        return (
+            all(map(is_, self.chains, chains))
+            and self.param_table is param_table
+            and self.grad_forms.are_of(grads)
+            and (self.param_forms is None or self.param_forms.are_of(param_table.params))
+            and all(map(_is_unchanged, self.known_values, self.group_values()))
+            and all(plan.holds() for plan in self.of.values())
+        )
+
+    def finish(self) -> None:
+        """Sum up, when all are there."""
+        self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
+        self.known_values = self.group_values()
+        if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
+            self.param_forms = Forms(self.param_table.params)
+
+    def group_values(self) -> list[Any]:
+        """The values in the groups that all plans depend on."""
+        return [group.get(key) for group in self.param_table.groups for key in ("param_names", "differentiable")]
+
+
+def _is_unchanged(old: Any, new: Any) -> bool:
+    return old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and bool(old == new))
+
+
+def _is_lazy(grad: Tensor | None) -> bool:
+    """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
+    return grad is not None and (grad.is_neg() or grad.is_conj())
