@@ -240,9 +240,7 @@ class Engine:
     def check_keys(self) -> None:
         """Raise where a group has got a key that is mistyped; a comparison of sets while there is no other key."""
         groups = self.owner.param_groups
-        if torch.compiler.is_compiling() or (
-            len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys))
-        ):
+        if len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys)):
             return
         for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
             new = set(group).difference(known)
@@ -559,8 +557,7 @@ class Step:
 
 def _is_lazy(grad: Tensor | None) -> bool:
     """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
-    # Compiled code has no such tensors, and asking would break the graph.
-    return grad is not None and not torch.compiler.is_compiling() and (grad.is_neg() or grad.is_conj())
+    return grad is not None and (grad.is_neg() or grad.is_conj())
 
 
 def _writable(grad: Tensor) -> Tensor:
