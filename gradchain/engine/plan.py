@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -151,7 +151,8 @@ class Plan:
                 yield from self._programs(stretch, views)
                 stretch = []
                 yield Gathering(self.slot, part, self.items, gathered)
-            stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
+            if rest := [i for i in acting if i not in gathered]:
+                stretch.append(part._replace(numbers=rest))
             if not fused:
                 yield from self._programs(stretch, views)
                 stretch = []
@@ -166,31 +167,19 @@ class Plan:
         found: dict[int, Traced | None] = {}
         for number in numbers:
             item = self.items[number]
-            if is_distributed(item.example):
-                try:
-                    whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
-                except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
-                    found[number] = None
-                else:
-                    if not self._suits_shards(part, item, whole, views):
-                        found[number] = whole
+            if not is_distributed(item.example):
+                continue
+            try:
+                if _has_units_of(part, item):
+                    trace_stages([part], item, views)
+                    continue
+                whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
+            except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
+                found[number] = None
+            else:
+                if not _is_for_each_element(part, item, whole, views):
+                    found[number] = whole
         return found
-
-    def _suits_shards(self, part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
-        """Whether a stage does to what each process has of a distributed tensor what it does to the whole."""
-        form, ndim = item.example, item.example.ndim
-        states = part.states_of(item.states).values() if not part.stage.shares_state else ()
-        unit_ndim = part.stage.unit_ndim(ndim, item.full_group)
-        split = 0 if unit_ndim is None else ndim - unit_ndim
-        if has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in states):
-            return True
-        if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
-            return False
-        try:
-            parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
-            return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
-        except UntracedStage:
-            return False
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
@@ -203,6 +192,29 @@ class Plan:
             yield from self._programs(parts[: untraced.position], views)
             yield AsItIs(self.slot, part, self.items, untraced.reason)
             yield from self._programs(parts[untraced.position + 1 :], views)
+
+
+def _states(part: Part, item: SlotTensor) -> Collection[Any]:
+    return part.states_of(item.states).values() if not part.stage.shares_state else ()
+
+
+def _has_units_of(part: Part, item: SlotTensor) -> bool:
+    """Whether each process has whole units of a distributed tensor, and the states that belong to them."""
+    form, unit_ndim = item.example, part.stage.unit_ndim(item.example.ndim, item.full_group)
+    split = 0 if unit_ndim is None else form.ndim - unit_ndim
+    return has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in _states(part, item))
+
+
+def _is_for_each_element(part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
+    """Whether a stage does to each element of a distributed tensor the same in the whole and in any part."""
+    form = item.example
+    if is_partial(form) or not all(is_placed_like(state, form, form.ndim) for state in _states(part, item)):
+        return False
+    try:
+        parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
+        return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
+    except UntracedStage:
+        return False
 
 
 def needs_dense(grad: Tensor) -> str:

@@ -323,7 +323,8 @@ class Engine:
         context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
         items = []
         for entry, grad, takes in zip(param_table.entries, grads, is_transformed, strict=True):
-            given, example = {"param": entry.param}, entry.param
+            given: dict[str, Any] = {"param": entry.param}
+            example = entry.param
             if grad is not None and grad.layout is torch.strided:
                 given["grad"] = like_without_memory(grad, entry.param)
             if grad is not None and slot == "pre":
