@@ -311,10 +311,10 @@ class Stacked(Block):
         for tensors, views in results:
             torch._foreach_copy_(tensors, views)
 
-    def _stack(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _stack(self, name: str, tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``tensors`` in one, and what each became in it. Blocks of one form use the same memory for it."""
         if torch.compiler.is_compiling():  # and the memory is that of the graph
-            stacked = torch.stack(tuple(tensors))
+            stacked = torch.stack(tensors)
             return stacked, stacked.unbind()
         first = tensors[0]
         key = name, len(tensors), first.shape, first.dtype
