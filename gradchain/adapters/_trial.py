@@ -11,10 +11,11 @@ from torch import Tensor
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate, show
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
 from gradchain.engine.plan import Plan
-from gradchain.engine.step import Engine, Step, is_rehearsal
+from gradchain.engine.step import Step, is_dry_run
 from gradchain.explain import Explanation, Record, forked_rng
 
 INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}
@@ -27,14 +28,14 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
     The plan that trains runs on the very parameters, and on copies of the gradients and states; then all is as before.
     """
     owner, record, program = engine.owner, Record(), ""
-    states, params = engine.follow(), engine.roster.params
+    states, params = engine.synced_states(), engine.param_table.params
     grads = [param.grad for param in params]
     with forked_rng(params), preserved([owner, owner.inner_opt], apart=[engine, *states.by_param.values()]):
         try:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = None if grad is None else grad.detach().clone()
             complete_groups(owner.param_groups, defaults)
-            if not is_rehearsal(owner.param_groups):
+            if not is_dry_run(owner.param_groups):
                 plans = Step(Engine(owner, states.copy(), engine.numbered, engine.names)).plans or {}
                 program = "\n".join(plan.listing() for plan in plans.values())
                 trial = Engine(owner, states.copy(), engine.numbered, engine.names, fused=False)
@@ -83,7 +84,7 @@ class _TrialStep(Step):
         shown = self._shown(slot, tensors, context, plan.touched)
         if not shown:
             return
-        members = [self.roster.members[i] for i in shown]
+        members = [self.param_table.entries[i] for i in shown]
         work = Pass(tensors, context, keeps_states=False)
         self.record.start(INPUTS[slot], list(shown.values()), [member.context(slot) for member in members])
         for index, (member, stage) in enumerate(zip(chain, stages.stages, strict=True)):

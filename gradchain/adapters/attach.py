@@ -21,6 +21,7 @@ from gradchain.adapters._trial import explain_step
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain, chain
 from gradchain.contract import Group, Transform, is_same
+from gradchain.engine.engine import Engine, Weak
 from gradchain.engine.groups import (
     ATTACHED,
     check_group,
@@ -34,8 +35,8 @@ from gradchain.engine.groups import (
 )
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import KEY, SLOTS, Member, Roster, TransformStates
-from gradchain.engine.step import Engine, Step, Weak, is_rehearsal, rescales
+from gradchain.engine.states import KEY, SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 from gradchain.stage import below, beneath
 
@@ -260,7 +261,7 @@ class _Hooks:
         """The param groups of the optimizer."""
         return self.inner_opt.param_groups
 
-    def _run_hook(self, slot: str, member: Member) -> None:
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
         """There are none."""
 
     def add(self, attached: Attached, numbered: Mapping[str, Chain], model: nn.Module | None) -> None:
@@ -276,8 +277,8 @@ class _Hooks:
         groups = [{**attached.defaults, **group} for group in self.param_groups]
         for index, group in enumerate(groups):
             check_group(index, group, chains)
-        names = self.engine.names.joined_by(model, self.engine.roster.params)
-        check_reach(numbered, Roster(groups, names).members)
+        names = self.engine.names.joined_by(model, self.engine.param_table.params)
+        check_reach(numbered, ParamTable(groups, names).entries)
         optimizer = self.inner_opt
         for index, group in enumerate(groups):
             warn_of_short(index, group.keys() - (optimizer.defaults.keys() - self.defaults.keys()), numbered)
@@ -294,7 +295,7 @@ class _Hooks:
         optimizer.defaults.update(attached.defaults)
         complete_groups(self.param_groups, self.defaults)
         self.engine.note_keys()
-        self.engine.take_names(names)
+        self.engine.set_names(names)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
         try:
             self.engine.begin()
@@ -331,14 +332,14 @@ class _Hooks:
     def _rename_states(self, paths: Mapping[str, str]) -> None:
         """Keep the states whose keys begin with one of ``paths``, under the new one."""
         state, by_param = self.inner_opt.state, {}
-        for param, states in self.engine.follow().by_param.items():
+        for param, states in self.engine.synced_states().by_param.items():
             kept = [beneath(below(states, old), new) for old, new in paths.items()]
             by_param[param] = {key: value for each in kept for key, value in each.items()}
         shown = self._shown()
         for param in shown:
             del state[param][KEY]
         self.engine.reset(TransformStates({param: states for param, states in by_param.items() if states}))
-        self.engine.states.show_in(self.inner_opt, shown)
+        self.engine.states.share_with(self.inner_opt, shown)
         for param in shown:
             if not state[param]:
                 del state[param]
@@ -396,7 +397,7 @@ class _Hooks:
             return None
         _require_unscaled(self.inner_opt)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None and is_rehearsal(self.param_groups):
+        if closure is None and is_dry_run(self.param_groups):
             self._running = _Running(frame, self.engine.start)
             return None
         step = _HookedStep(self.engine, closure)
@@ -427,13 +428,13 @@ class _Hooks:
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         if self._loads_by_own_code:
             return None
-        self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
+        self._loaded, bare = self.engine.read_state_dict(state_dict, self.defaults)
         return bare
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         if self._loaded is not None and not self._loads_by_own_code:
             complete_groups(self.param_groups, self.defaults)
-            self.engine.give_states(self._loaded)
+            self.engine.load_states(self._loaded)
             self._loaded = None
 
     # In place of the methods of an optimizer that has its own
@@ -448,7 +449,7 @@ class _Hooks:
 
     @torch.no_grad()
     def _load(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._loaded, bare = self.engine.take_states(state_dict, self.defaults)
+        self._loaded, bare = self.engine.read_state_dict(state_dict, self.defaults)
         self._loads_by_own_code = True
         try:
             type(self.inner_opt).load_state_dict(self.inner_opt, bare, *args, **kwargs)
@@ -500,10 +501,10 @@ class _HookedStep:
         if self.skipped is None:
             self._run(self.step.finish)
             return
-        roster = self.step.roster
-        for param, grad in zip(roster.params, self.grads, strict=True):
+        param_table = self.step.param_table
+        for param, grad in zip(param_table.params, self.grads, strict=True):
             param.grad = grad
-        for group, values in zip(roster.groups, self.groups, strict=True):
+        for group, values in zip(param_table.groups, self.groups, strict=True):
             group.clear()
             group.update(values)
         self.step.skip(self.skipped)
@@ -520,14 +521,14 @@ class _HookedStep:
 
     def _skip(self, skipped: SkippedStep) -> None:
         """Hide the gradients: a hook cannot end the step, but without them there is nothing to do in it."""
-        step, roster = self.step, self.step.roster
+        step, param_table = self.step, self.step.param_table
         self.skipped = skipped.with_traceback(None)  # whose frames hold this step
         step.undo()
         if self.closure is not None and step.inner_state is None:
             step.inner_state = self.engine.states.copy_beside(self.engine.owner.inner_opt.state)
-        self.grads = [param.grad for param in roster.params]
-        self.groups = [dict(group) for group in roster.groups]
-        for param in roster.params:
+        self.grads = [param.grad for param in param_table.params]
+        self.groups = [dict(group) for group in param_table.groups]
+        for param in param_table.params:
             param.grad = None
 
 

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.contract import Group, is_same
-from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
-from gradchain.engine.step import Engine, Step, is_rehearsal
+from gradchain.engine.engine import Engine
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.step import Step, is_dry_run
 from gradchain.stage import Combinator, Stage
 
 
@@ -74,7 +75,7 @@ def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
             f"{type(optimizer.inner_opt).__name__} evaluates a closure, which a backward pass is a part of; "
             "call optimizer.step(closure)"
         )
-    hooks = [_OneParameter(optimizer, m) for m in optimizer._engine.roster.members if m.param.requires_grad]
+    hooks = [_OneParameter(optimizer, m) for m in optimizer._engine.param_table.entries if m.param.requires_grad]
     return InBackward(hook.register() for hook in hooks)
 
 
@@ -99,27 +100,27 @@ class InBackward:
 class _OneParameter:
     """A hook of a parameter, and the owner of chains that act on it alone, in its place in an optimizer."""
 
-    def __init__(self, optimizer: ParamTransformingOptimizer, member: Member) -> None:
+    def __init__(self, optimizer: ParamTransformingOptimizer, entry: ParamEntry) -> None:
         self.optimizer = optimizer
-        self.member = member
+        self.entry = entry
         self.inner_opt = _copy_for_one(optimizer.inner_opt)
         self._start()
 
     def register(self) -> RemovableHandle:
         """Let the parameter call it, in place of an earlier one, as when the cell of a notebook runs again."""
-        hooks = self.member.param._post_accumulate_grad_hooks or {}
+        hooks = self.entry.param._post_accumulate_grad_hooks or {}
         for key in [key for key, hook in hooks.items() if isinstance(hook, _OneParameter)]:
             del hooks[key]
-        handle: RemovableHandle = self.member.param.register_post_accumulate_grad_hook(self)
+        handle: RemovableHandle = self.entry.param.register_post_accumulate_grad_hook(self)
         return handle
 
     def __call__(self, param: Tensor) -> None:
         """Make the step of the parameter, if the optimizer still has it."""
         if not self._is_in_place():
-            found = [member for member in self.optimizer._engine.roster.members if member.param is param]
+            found = [entry for entry in self.optimizer._engine.param_table.entries if entry.param is param]
             if not found:
                 return
-            (self.member,) = found
+            (self.entry,) = found
             self._start()
         try:
             self._step()
@@ -129,10 +130,10 @@ class _OneParameter:
     def _step(self) -> None:
         if not all(map(is_, self._sources, self._look())):
             self._start()
-        group = self.member.group
-        own_group = {**group, "params": [self.member.param]}
+        group = self.entry.group
+        own_group = {**group, "params": [self.entry.param]}
         self.inner_opt.param_groups, self.inner_opt.state = [own_group], self.optimizer.inner_opt.state
-        if is_rehearsal(self.optimizer.param_groups):
+        if is_dry_run(self.optimizer.param_groups):
             self.inner_opt.step()
             self._engine.start()
         else:
@@ -143,7 +144,7 @@ class _OneParameter:
         written = [key for key in changed if not is_same(own_group[key], group[key])]
         if written:
             raise ValueError(
-                f"{self.member.place()}: {type(self.inner_opt).__name__} wrote {written} to its param group, for all "
+                f"{self.entry.place()}: {type(self.inner_opt).__name__} wrote {written} to its param group, for all "
                 "parameters together; step_in_backward needs an inner optimizer that acts on each by itself"
             )
 
@@ -159,15 +160,15 @@ class _OneParameter:
 
     def _is_in_place(self) -> bool:
         """Whether the parameter is where it was, with as many before it."""
-        groups, (group, index) = self.optimizer.param_groups, self.member.position
+        groups, (group, index) = self.optimizer.param_groups, self.entry.position
         params = groups[group]["params"] if group < len(groups) else []
         before = sum(len(each["params"]) for each in groups[:group])
-        return index < len(params) and params[index] is self.member.param and before + index == self.member.number
+        return index < len(params) and params[index] is self.entry.param and before + index == self.entry.number
 
     def _look(self) -> list[Any]:
         """What it depends on, which a checkpoint that is loaded replaces."""
         optimizer = self.optimizer
-        group = optimizer.param_groups[self.member.position[0]]
+        group = optimizer.param_groups[self.entry.position[0]]
         return [group, optimizer._engine.states, optimizer.pre, optimizer.update, optimizer.post]
 
     def _start(self) -> None:
@@ -176,10 +177,11 @@ class _OneParameter:
         for slot in SLOTS:
             _require_local(getattr(self, slot), slot)
         optimizer._complete_groups()
-        roster = copy.copy(optimizer._engine.roster)
-        self.member = roster.members[self.member.number]
-        roster.members, roster.params, roster.groups = [self.member], [self.member.param], [self.member.group]
-        self._engine = _EngineOfOne(self, roster, optimizer._engine)
+        param_table = copy.copy(optimizer._engine.param_table)
+        self.entry = param_table.entries[self.entry.number]
+        param_table.entries, param_table.params = [self.entry], [self.entry.param]
+        param_table.groups = [self.entry.group]
+        self._engine = _EngineOfOne(self, param_table, optimizer._engine)
         self._sources = self._look()
 
     @property
@@ -191,20 +193,20 @@ class _OneParameter:
     def _hooked_slots(self) -> frozenset[str]:
         return self.optimizer._hooked_slots
 
-    def _run_hook(self, slot: str, member: Member) -> None:
-        self.optimizer._run_hook(slot, member)
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
+        self.optimizer._run_hook(slot, entry)
 
 
 class _EngineOfOne(Engine):
     """Runs chains on one parameter, which has the number and the group that it has among all."""
 
-    def __init__(self, owner: Any, roster: Roster, engine: Engine) -> None:
+    def __init__(self, owner: Any, param_table: ParamTable, engine: Engine) -> None:
         self.check_keys = engine.check_keys  # type: ignore[method-assign] # of the groups of the optimizer
         super().__init__(owner, _StatesOfOne(engine.states.by_param), engine.numbered, engine.names)
-        self._one = roster
+        self._one = param_table
 
     @property
-    def roster(self) -> Roster:
+    def param_table(self) -> ParamTable:
         """The parameter."""
         return self._one
 
@@ -212,8 +214,8 @@ class _EngineOfOne(Engine):
 class _StatesOfOne(TransformStates):
     """The states of all parameters, of which a step changes those of one."""
 
-    def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
-        super().show_in(inner_opt, [param for group in inner_opt.param_groups for param in group["params"]])
+    def share_with(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
+        super().share_with(inner_opt, [param for group in inner_opt.param_groups for param in group["params"]])
 
 
 def _copy_for_one(inner_opt: Optimizer) -> Optimizer:

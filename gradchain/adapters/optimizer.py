@@ -22,6 +22,7 @@ from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
 from gradchain.contract import Group, Transform, is_same
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import (
     Params,
     check_group,
@@ -37,8 +38,8 @@ from gradchain.engine.groups import (
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, Member, Roster, TransformStates
-from gradchain.engine.step import Engine, Step, is_rehearsal, rescales
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
 
 
@@ -181,7 +182,7 @@ class ParamTransformingOptimizer(Optimizer):
         for index, group in enumerate(completed):
             check_group(index, group, numbered)
         names = Names().joined_by(model, [param for group in groups for param in group["params"]])
-        check_reach(numbered, Roster(completed, names).members, self._hooked_slots)
+        check_reach(numbered, ParamTable(completed, names).entries, self._hooked_slots)
         for index, group in enumerate(completed):
             warn_of_short(index, group.keys() - (inner_opt.defaults.keys() - earlier.keys()), numbered)
         for group, kept in zip(inner_opt.param_groups, groups, strict=True):
@@ -204,7 +205,7 @@ class ParamTransformingOptimizer(Optimizer):
         ParamTransformingOptimizer.__setstate__(self, attributes)
         if not earlier:
             self._engine.adopt(loaded)
-            self._engine.follow()
+            self._engine.synced_states()
         self._engine.begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -258,7 +259,7 @@ class ParamTransformingOptimizer(Optimizer):
         groups = [replace_defaults(group, {**old, **self._own_defaults}, defaults) for group in self.param_groups]
         for index, group in enumerate(groups):
             check_group(index, group, numbered)
-        check_reach({slot: numbered[slot]}, Roster(groups, self._engine.names).members)
+        check_reach({slot: numbered[slot]}, ParamTable(groups, self._engine.names).entries)
         for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
             for key in old.keys() - new.keys():
                 known.pop(key, None)
@@ -304,7 +305,7 @@ class ParamTransformingOptimizer(Optimizer):
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
         self._complete_groups()
-        if closure is None and is_rehearsal(self.param_groups):
+        if closure is None and is_dry_run(self.param_groups):
             loss = self.inner_opt.step()
             self._engine.start()
             return loss
@@ -348,7 +349,7 @@ class ParamTransformingOptimizer(Optimizer):
         """
         groups = self.inner_opt.param_groups
         self._complete_groups()
-        if closure is not None or is_rehearsal(groups):
+        if closure is not None or is_dry_run(groups):
             return None, self._step(closure)
         step = Step(self._engine)
         if not step.is_familiar:
@@ -416,17 +417,17 @@ class ParamTransformingOptimizer(Optimizer):
             raise
         step.commit()
 
-    def _run_hook(self, slot: str, member: Member) -> None:
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
         """Call the hook of a slot on a parameter in batch form, and carry over what it writes."""
         hook = self._pre_step_transform_ if slot == "pre" else self._post_step_transform_
-        param, param_ndim = member.param, member.group["param_ndim"]
+        param, param_ndim = entry.param, entry.group["param_ndim"]
         batch = to_batch(param.detach(), param_ndim)
         originals = [(param, batch)]
         if param.grad is not None:
             batch_grad = batch.grad = to_batch(param.grad.detach(), param_ndim)
             originals.append((param.grad, batch_grad))
         before = batch.grad
-        hook(batch, optim_group=member.group)
+        hook(batch, optim_group=entry.group)
         if batch.grad is not before:
             raise ValueError(
                 f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
@@ -491,7 +492,7 @@ class ParamTransformingOptimizer(Optimizer):
         try:
             last, chains = len(self.param_groups) - 1, self._engine.chains()
             check_group(last, self.param_groups[-1], chains)
-            new = [member for member in self._engine.roster.members if member.position[0] == last]
+            new = [entry for entry in self._engine.param_table.entries if entry.position[0] == last]
             check_reach(chains, new, self._hooked_slots, are_all=False)
             warn_of_short(last, self.param_groups[-1].keys() - self.defaults.keys(), chains)
             self._engine.note_keys()
@@ -517,10 +518,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = self._engine.take_states(state_dict, self._own_defaults)
+        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults)
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._engine.give_states(states)
+        self._engine.load_states(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

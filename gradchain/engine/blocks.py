@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradchain._sharding import is_distributed, local_part
 from gradchain.contract import locate
-from gradchain.engine.operations import Item, Operation, Pass, View, count
+from gradchain.engine.operations import Operation, Pass, SlotTensor, View, count
 from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
@@ -50,7 +50,9 @@ class Programs(Operation):
 
     cannot_raise = True
 
-    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item], views: Mapping[str, View]) -> None:
+    def __init__(
+        self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor], views: Mapping[str, View]
+    ) -> None:
         super().__init__(slot, parts, items)
         self.views = views
         self.buffers: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}
@@ -58,7 +60,7 @@ class Programs(Operation):
         kinds: dict[Any, list[int]] = {}
         for number, traced in self.traced.items():
             item = items[number]
-            form = local_part(item.form)
+            form = local_part(item.example)
             kind = signature(traced.trace), id(item.group), form.dtype, form.device
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
@@ -131,9 +133,9 @@ class Programs(Operation):
 
     def _pays_to_stack(self, numbers: Sequence[int]) -> bool:
         """Whether it is faster to stack tensors of one form, run a program once and copy the results back."""
-        form, trace = local_part(self.items[numbers[0]].form), self.traced[numbers[0]].trace
+        form, trace = local_part(self.items[numbers[0]].example), self.traced[numbers[0]].trace
         item = self.items[numbers[0]]
-        all_forms = [item.form, *item.context.values(), *item.states.values()]
+        all_forms = [item.example, *item.context.values(), *item.states.values()]
         if len(numbers) < 4 or any(is_distributed(v) or not v.is_contiguous() for v in all_forms):
             return False
         copied = form.numel() * form.element_size() / 6000  # a copy of so many bytes takes a microsecond
@@ -142,7 +144,7 @@ class Programs(Operation):
         return bool(sum(map(_cost, trace.calls)) > 1.2 * stacked)
 
     def _bytes(self, number: int) -> int:
-        form = local_part(self.items[number].form)
+        form = local_part(self.items[number].example)
         return int(form.numel() * form.element_size())
 
     def _list(self, numbers: Sequence[int]) -> Block:
@@ -160,12 +162,12 @@ class Programs(Operation):
         return Stacked(self, write((trace,), self._device(numbers), single=True), numbers, [trace])
 
     def _device(self, numbers: Sequence[int]) -> torch.device:
-        return self.items[numbers[0]].form.device
+        return self.items[numbers[0]].example.device
 
     def _can_cut(self, number: int, trace: Trace) -> bool:
         """Whether a large tensor can go through the program in pieces, which stay in the cache."""
         item, shape = self.items[number], trace.forms[trace.inputs[TENSOR]][0]
-        used = [item.form, *(value for key, value in item.context.items() if CONTEXT + key in trace.inputs)]
+        used = [item.example, *(value for key, value in item.context.items() if CONTEXT + key in trace.inputs)]
         return (
             self._bytes(number) >= 2 * BLOCK_BYTES
             and sum(trace.forms[call.results[0]][0] == shape for call in trace.calls) > 1
@@ -197,7 +199,7 @@ class Programs(Operation):
 
     def _picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
         """What gets the tensors, or those of the context under ``key``."""
-        if any(is_distributed(self.items[number].form) for number in numbers):
+        if any(is_distributed(self.items[number].example) for number in numbers):
             return self._local_picker(key, numbers, single=single)
         if not single and list(numbers) == list(range(len(self.items))):
             return (lambda work: work.tensors) if key is None else (lambda work: work.context[key])
@@ -302,22 +304,25 @@ class Stacked(Block):
         stacked, results = list(given), []
         for i, name in enumerate(self.program.inputs):
             if _is_of_each(name):
-                buffer, views = self._buffer(name, given[i])
-                stacked[i] = torch.stack(given[i], out=buffer)
+                stacked[i], views = self._stack(name, given[i])
                 if name in self.program.outputs:
                     results.append((given[i], views))
         self.program.run(*stacked, *self.constants)
         for tensors, views in results:
             torch._foreach_copy_(tensors, views)
 
-    def _buffer(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The memory in which tensors are stacked, which blocks of one form share."""
+    def _stack(self, name: str, tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``tensors`` in one, and what each became in it. Blocks of one form use the same memory for it."""
+        if torch.compiler.is_compiling():  # and the memory is that of the graph
+            stacked = torch.stack(tensors)
+            return stacked, stacked.unbind()
         first = tensors[0]
         key = name, len(tensors), first.shape, first.dtype
         if key not in self.buffers:
             buffer = first.new_empty((len(tensors), *first.shape))
             self.buffers[key] = buffer, buffer.unbind()
-        return self.buffers[key]
+        buffer, views = self.buffers[key]
+        return torch.stack(tuple(tensors), out=buffer), views
 
 
 def _is_of_each(name: str) -> bool:

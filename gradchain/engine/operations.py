@@ -22,21 +22,21 @@ View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
 
 
-class Item(NamedTuple):
+class SlotTensor(NamedTuple):
     """A tensor of a slot, and what belongs to it."""
 
-    form: Tensor
+    example: Tensor
     """The tensor itself, or one of the same shape, dtype, device and layout."""
     group: Group
-    identity: Group
+    own_keys: Group
     """The keys that only this parameter has, such as its name."""
     param: Tensor
     """The parameter that the tensor is, or belongs to."""
     context: Mapping[str, Tensor]
-    """What there is of ``CONTEXT``, each like ``form``."""
+    """What there is of ``CONTEXT``, each like ``example``."""
     states: State
     """The states of all stages, which a step overwrites."""
-    takes_part: bool
+    is_transformed: bool
     is_new: bool
     """Whether its states have not been in a step yet."""
     place: str
@@ -45,20 +45,20 @@ class Item(NamedTuple):
     @property
     def full_group(self) -> Group:
         """The group, with the keys of the parameter."""
-        return self.group | self.identity
+        return self.group | self.own_keys
 
-    def of_shape(self, shape: tuple[int, ...]) -> Item:
-        """The same with plain tensors without data, those like ``form`` of another shape."""
-        of_form = self.form.shape
+    def of_shape(self, shape: tuple[int, ...]) -> SlotTensor:
+        """The same with plain tensors without data, those like ``example`` of another shape."""
+        of_example = self.example.shape
 
         def plain(value: Tensor) -> Tensor:
-            if value.shape != of_form:
+            if value.shape != of_example:
                 return whole_without_data(value)
             return torch.empty(shape, dtype=value.dtype, device=META)
 
         context = {key: plain(value) for key, value in self.context.items()}
         states = {key: plain(value) for key, value in self.states.items()}
-        return self._replace(form=plain(self.form), context=context, states=states)
+        return self._replace(example=plain(self.example), context=context, states=states)
 
 
 def whole_without_data(value: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Operation(ABC):
     reads_params = True
     """Whether it can read ``group["param"]``."""
 
-    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
         self.parts = parts
         self.items = items
@@ -156,7 +156,7 @@ class Operation(ABC):
         raise SkippedStep(keep_counters)
 
 
-def located(error: Exception, slot: str, part: Part, item: Item | None = None) -> Exception:
+def located(error: Exception, slot: str, part: Part, item: SlotTensor | None = None) -> Exception:
     """``error``, saying in which slot, for which parameter and in which stage it was.
 
     It is not raised here: the frame of this function would refer to it, and it to the frame.
@@ -176,7 +176,7 @@ class AsItIs(Operation):
 
     gathers = False
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item], reason: str) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor], reason: str) -> None:
         super().__init__(slot, [part], items)
         self.part = part
         self.reason = reason
@@ -199,7 +199,7 @@ class AsItIs(Operation):
         group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
         result, new_state = part.stage.act(tensor, group, state)
         if states:
-            owned = own(new_state, tensor, *context.values())
+            owned = without_aliases(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
         if self.gathers:
             put(result, given)
@@ -228,7 +228,7 @@ class Gathering(AsItIs):
 
     gathers = True
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item], traced: Mapping[int, Traced | None]) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor], traced: Mapping[int, Traced | None]) -> None:
         super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
@@ -248,23 +248,23 @@ class Measure(Operation):
         view: Tensors without data, of the form of what it measures.
     """
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         super().__init__(slot, [part], items)
         self.part = part
-        self.acting = [i for i in self.numbers if items[i].takes_part and items[i].form.numel()]
+        self.acting = [i for i in self.numbers if items[i].is_transformed and items[i].example.numel()]
         self.states = [part.states_of(items[i].states) for i in self.numbers] if part.stage.shares_state else []
         self.skips = bool(part.stage.skip_keys)
         self.reads_params = False
-        self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].form) for i in self.acting)
+        self.gathers = not part.stage.measures_shards and any(is_distributed(items[i].example) for i in self.acting)
         self.view: View = {}
-        self.cannot_raise = self._rehearse()
+        self.cannot_raise = self._measures_without_error()
 
-    def _rehearse(self) -> bool:
+    def _measures_without_error(self) -> bool:
         """Measure tensors without data, so that what comes after it can be traced; whether that was possible.
 
         They have the shapes of the whole: a process can have no elements, of which not everything can be measured.
         """
-        tensors = [whole_without_data(self.items[i].form) for i in self.acting]
+        tensors = [whole_without_data(self.items[i].example) for i in self.acting]
         state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
             view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
@@ -299,9 +299,9 @@ class Measure(Operation):
 class Jointly(Operation):
     """A stage that measures all tensors somewhere inside of it, and so runs on all of them at once, as it is."""
 
-    def __init__(self, slot: str, part: Part, items: Sequence[Item]) -> None:
+    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
-        numbers = [i for i in part.numbers if items[i].takes_part or part.stage.shares_state]
+        numbers = [i for i in part.numbers if items[i].is_transformed or part.stage.shares_state]
         super().__init__(slot, [part._replace(numbers=numbers)], items)
         self.part = part
         self.skips = bool(part.stage.skip_keys)
@@ -310,12 +310,12 @@ class Jointly(Operation):
         tensors, groups, states = [], [], []
         for number in self.numbers:
             item = self.items[number]
-            given, form = work.tensors[number], local(item.form)
-            tensors.append(gather(given).detach() if item.takes_part else form.new_empty((0,) * max(form.ndim, 1)))
-            keys = item.context if item.takes_part else ()
+            given, form = work.tensors[number], local(item.example)
+            tensors.append(gather(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
+            keys = item.context if item.is_transformed else ()
             context = {key: gather(work.context[key][number]).detach() for key in keys}
             # Masks in it read the parameter in ``post`` too, and that of what takes no part.
-            param = tensors[-1] if item.takes_part else item.param.detach()
+            param = tensors[-1] if item.is_transformed else item.param.detach()
             groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
             states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
         try:
@@ -325,7 +325,7 @@ class Jointly(Operation):
             raise
         inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
         olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
-        pairs = [(old, own(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
+        pairs = [(old, without_aliases(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
         self.raise_if_skipped(self.part.stage, pairs)
         work.commits += [partial(put_states, old, new) for old, new in pairs]
         for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
@@ -359,7 +359,7 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
             mine.copy_(value)
 
 
-def own(state: State, *inputs: Tensor) -> State:
+def without_aliases(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
     storages = set(map(_storage, inputs)) - {None}
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}

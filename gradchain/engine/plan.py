@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import has_whole_units, is_distributed, is_partial, is_placed_like, shapes_of_parts
+from gradchain.chain import Chain
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
-from gradchain.engine.operations import AsItIs, Gathering, Item, Jointly, Measure, Operation, Pass, View, located
+from gradchain.engine.forms import Forms
+from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
+from gradchain.engine.states import ParamTable
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
 
@@ -34,7 +37,7 @@ class Plan:
         reads_params: Whether a stage can read ``group["param"]``.
     """
 
-    def __init__(self, slot: str, stage: Stage, items: Sequence[Item], *, fused: bool = True) -> None:
+    def __init__(self, slot: str, stage: Stage, items: Sequence[SlotTensor], *, fused: bool = True) -> None:
         self.slot = slot
         self.items = items
         self.has_run = False
@@ -52,11 +55,11 @@ class Plan:
             (item.group, key, value)
             for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
-            if key not in item.identity and key != "param"
+            if key not in item.own_keys and key != "param"
         ]
         self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
-        forms = [items[number].form for number in self.touched]
+        forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
         self.is_on_cpu = self.is_plain and all(form.is_cpu for form in forms)
         self.cannot_raise = all(operation.cannot_raise for operation in self.operations)
@@ -131,10 +134,10 @@ class Plan:
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:
-            acting = [i for i in part.numbers if self.items[i].takes_part and self.items[i].form.numel()]
+            acting = [i for i in part.numbers if self.items[i].is_transformed and self.items[i].example.numel()]
             for i in acting:
-                if self.items[i].form.layout is not torch.strided:
-                    raise located(TypeError(needs_dense(self.items[i].form)), self.slot, part, self.items[i])
+                if self.items[i].example.layout is not torch.strided:
+                    raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
             if part.stage.measures:
@@ -151,7 +154,8 @@ class Plan:
                 yield from self._programs(stretch, views)
                 stretch = []
                 yield Gathering(self.slot, part, self.items, gathered)
-            stretch.append(part._replace(numbers=[i for i in acting if i not in gathered]))
+            if rest := [i for i in acting if i not in gathered]:
+                stretch.append(part._replace(numbers=rest))
             if not fused:
                 yield from self._programs(stretch, views)
                 stretch = []
@@ -166,31 +170,19 @@ class Plan:
         found: dict[int, Traced | None] = {}
         for number in numbers:
             item = self.items[number]
-            if is_distributed(item.form):
-                try:
-                    whole = trace_stages([part], item.of_shape(tuple(item.form.shape)), views)
-                except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
-                    found[number] = None
-                else:
-                    if not self._suits_shards(part, item, whole, views):
-                        found[number] = whole
+            if not is_distributed(item.example):
+                continue
+            try:
+                if _has_units_of(part, item):
+                    trace_stages([part], item, views)
+                    continue
+                whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
+            except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
+                found[number] = None
+            else:
+                if not _is_for_each_element(part, item, whole, views):
+                    found[number] = whole
         return found
-
-    def _suits_shards(self, part: Part, item: Item, whole: Traced, views: Mapping[str, View]) -> bool:
-        """Whether a stage does to what each process has of a distributed tensor what it does to the whole."""
-        form, ndim = item.form, item.form.ndim
-        states = part.states_of(item.states).values() if not part.stage.shares_state else ()
-        unit_ndim = part.stage.unit_ndim(ndim, item.full_group)
-        split = 0 if unit_ndim is None else ndim - unit_ndim
-        if has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in states):
-            return True
-        if is_partial(form) or not all(is_placed_like(state, form, ndim) for state in states):
-            return False
-        try:
-            parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
-            return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
-        except UntracedStage:
-            return False
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
         """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
@@ -205,6 +197,78 @@ class Plan:
             yield from self._programs(parts[untraced.position + 1 :], views)
 
 
+def _states(part: Part, item: SlotTensor) -> Collection[Any]:
+    return part.states_of(item.states).values() if not part.stage.shares_state else ()
+
+
+def _has_units_of(part: Part, item: SlotTensor) -> bool:
+    """Whether each process has whole units of a distributed tensor, and the states that belong to them."""
+    form, unit_ndim = item.example, part.stage.unit_ndim(item.example.ndim, item.full_group)
+    split = 0 if unit_ndim is None else form.ndim - unit_ndim
+    return has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in _states(part, item))
+
+
+def _is_for_each_element(part: Part, item: SlotTensor, whole: Traced, views: Mapping[str, View]) -> bool:
+    """Whether a stage does to each element of a distributed tensor the same in the whole and in any part."""
+    form = item.example
+    if is_partial(form) or not all(is_placed_like(state, form, form.ndim) for state in _states(part, item)):
+        return False
+    try:
+        parts = (trace_stages([part], item.of_shape(shape), views) for shape in shapes_of_parts(form))
+        return whole.trace.is_pointwise and all(each.trace.calls_alike(whole.trace) for each in parts)
+    except UntracedStage:
+        return False
+
+
 def needs_dense(grad: Tensor) -> str:
     """What is wrong with a sparse gradient."""
     return f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()"
+
+
+class SlotPlans:
+    """The plan of each slot that has a chain, and what they depend on."""
+
+    def __init__(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> None:
+        self.chains = chains
+        self.param_table = param_table
+        self.of: dict[str, Plan] = {}
+        self.grad_forms = Forms(grads)
+        self.param_forms: Forms | None = None
+        self.has_unusual_grads = any(
+            grad is not None and (_is_lazy(grad) or not grad.is_contiguous()) for grad in grads
+        )
+        # A gradient that its parameter would not take any more is one of before the parameter was replaced.
+        self.can_be_kept = all(
+            grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
+        )
+
+    def are_for(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> bool:
+        """Whether all that they depend on is as it was."""
+        return (
+            all(map(is_, self.chains, chains))
+            and self.param_table is param_table
+            and self.grad_forms.are_of(grads)
+            and (self.param_forms is None or self.param_forms.are_of(param_table.params))
+            and all(map(_is_unchanged, self.known_values, self.group_values()))
+            and all(plan.holds() for plan in self.of.values())
+        )
+
+    def finish(self) -> None:
+        """Sum up, when all are there."""
+        self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
+        self.known_values = self.group_values()
+        if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
+            self.param_forms = Forms(self.param_table.params)
+
+    def group_values(self) -> list[Any]:
+        """The values in the groups that all plans depend on."""
+        return [group.get(key) for group in self.param_table.groups for key in ("param_names", "differentiable")]
+
+
+def _is_unchanged(old: Any, new: Any) -> bool:
+    return old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and bool(old == new))
+
+
+def _is_lazy(grad: Tensor | None) -> bool:
+    """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
+    return grad is not None and (grad.is_neg() or grad.is_conj())

@@ -13,7 +13,7 @@ from gradchain._ranges import as_number
 from gradchain.broadcast import Broadcast, broadcast, sub_ndim
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate
-from gradchain.engine.states import Member
+from gradchain.engine.states import ParamEntry
 from gradchain.masked import Masked, Partition, matches
 from gradchain.stage import Combinator, Stage
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def check_reach(
-    chains: Mapping[str, Chain], members: Sequence[Member], hooked: Collection[str] = (), *, are_all: bool = True
+    chains: Mapping[str, Chain], entries: Sequence[ParamEntry], hooked: Collection[str] = (), *, are_all: bool = True
 ) -> None:
     """Raise where a pattern matches no name, or where ``param_ndim`` does not fit a parameter that needs it.
 
@@ -29,16 +29,16 @@ def check_reach(
 
     Args:
         chains: The chain of each slot.
-        members: Parameters of the optimizer.
+        entries: Parameters of the optimizer.
         hooked: The slots that have a hook, which needs ``param_ndim`` too.
         are_all: Whether these are all parameters, and not those of a group that joins others.
     """
-    reach = _Reach([member.name for member in members if member.name is not None] if are_all else [])
+    reach = _Reach([entry.name for entry in entries if entry.name is not None] if are_all else [])
     for slot, stages in chains.items():
         try:
-            reach.check(stages, slot, members)
-            for member in members if slot in hooked else ():
-                _require_fit(member)
+            reach.check(stages, slot, entries)
+            for entry in entries if slot in hooked else ():
+                _require_fit(entry)
         except Exception as error:
             locate(error, slot)
             raise
@@ -54,11 +54,11 @@ class _Reach:
         """Those of all parameters."""
         self.unmatched: list[str] = []
 
-    def check(self, stage: Stage, slot: str, members: Sequence[Member]) -> None:
+    def check(self, stage: Stage, slot: str, entries: Sequence[ParamEntry]) -> None:
         """Raise where something does not fit; what only a step can know is left to it."""
         if isinstance(stage, Masked):
             if isinstance(stage.where, str):
-                members = [m for m in members if _ask(m, stage.selects, slot)]
+                entries = [m for m in entries if _ask(m, stage.selects, slot)]
                 if not self._is_matched(stage.where):
                     raise ValueError(
                         f"no parameter has a name that matches {stage.where!r}; {self._similar(stage.where)}. For "
@@ -66,28 +66,28 @@ class _Reach:
                         "the group in place of the pattern"
                     )
             if isinstance(stage.where, str | Tensor):
-                self.check(stage.stages[0], slot, members)
+                self.check(stage.stages[0], slot, entries)
         elif isinstance(stage, Partition):
             if stage.by == "name":
-                self._check_kinds(stage, slot, members)
+                self._check_kinds(stage, slot, entries)
         elif isinstance(stage, Combinator):
             for index, each in enumerate(stage.stages):
                 try:
-                    self.check(each, slot, members)
+                    self.check(each, slot, entries)
                 except Exception as error:
                     locate(error, stage.place(index))
                     raise
         else:
-            for member in members:
-                _require_fit(member, broadcast(stage))
+            for entry in entries:
+                _require_fit(entry, broadcast(stage))
 
-    def _check_kinds(self, stage: Partition, slot: str, members: Sequence[Member]) -> None:
-        kinds = [_ask(member, stage.kind, slot) for member in members]
+    def _check_kinds(self, stage: Partition, slot: str, entries: Sequence[ParamEntry]) -> None:
+        kinds = [_ask(entry, stage.kind, slot) for entry in entries]
         for index, (kind, each) in enumerate(zip(stage.kinds, stage.stages, strict=True)):
             if isinstance(kind, str) and not self._is_matched(kind):
                 similar = self._similar(kind)
                 self.unmatched.append(f"{slot}: partition has the kind {kind!r}, which no name matches; {similar}")
-            self.check(each, slot, [member for member, at in zip(members, kinds, strict=True) if at == index])
+            self.check(each, slot, [entry for entry, at in zip(entries, kinds, strict=True) if at == index])
 
     def _is_matched(self, pattern: str) -> bool:
         return not self.names or any(matches(name, pattern) for name in self.names)
@@ -100,22 +100,22 @@ class _Reach:
         )
 
 
-def _ask(member: Member, which: Callable[[Group], T], slot: str) -> T:
+def _ask(entry: ParamEntry, which: Callable[[Group], T], slot: str) -> T:
     try:
-        return which(member.context(slot))
+        return which(entry.context(slot))
     except ValueError as error:
-        locate(error, member.place())
+        locate(error, entry.place())
         raise
 
 
-def _require_fit(member: Member, stage: Stage | None = None) -> None:
+def _require_fit(entry: ParamEntry, stage: Stage | None = None) -> None:
     """Raise where ``param_ndim`` does not fit, for a stage that needs it, or in any case."""
-    param_ndim = as_number(member.group["param_ndim"])
+    param_ndim = as_number(entry.group["param_ndim"])
     try:
         if isinstance(stage, Broadcast):
-            stage.unit_ndim(member.param.ndim, {**member.group, "param_ndim": param_ndim})
+            stage.unit_ndim(entry.param.ndim, {**entry.group, "param_ndim": param_ndim})
         elif stage is None:
-            sub_ndim(member.param.ndim, param_ndim)
+            sub_ndim(entry.param.ndim, param_ndim)
     except ValueError as error:
-        locate(error, member.place())
+        locate(error, entry.place())
         raise

@@ -17,7 +17,7 @@ from gradchain.chain import Chain
 from gradchain.contract import Group, State, locate, show
 from gradchain.engine.groups import describe
 from gradchain.engine.names import Names
-from gradchain.engine.operations import own
+from gradchain.engine.operations import without_aliases
 from gradchain.stage import Stage, below, beneath
 
 ByParam: TypeAlias = dict[Tensor, State]
@@ -28,8 +28,8 @@ KEY = "transforms"
 """Where, in the state of a parameter, the states of the transforms are. Their keys begin with the slot."""
 
 
-class Member(NamedTuple):
-    """A parameter, in its place."""
+class ParamEntry(NamedTuple):
+    """A parameter of an optimizer, with its group and where it is in it."""
 
     param: Tensor
     group: Group
@@ -44,14 +44,14 @@ class Member(NamedTuple):
         assert self.param.grad is not None
         return self.param.grad
 
-    def identity(self, slot: str) -> Group:
+    def own_keys(self, slot: str) -> Group:
         """What tells a transform where it acts, and on which parameter."""
         name = {} if self.name is None else {"name": self.name}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
     def context(self, slot: str) -> Group:
         """Its group, and what tells a transform where it acts."""
-        return {**self.group, **self.identity(slot)}
+        return {**self.group, **self.own_keys(slot)}
 
     @property
     def name(self) -> str | None:
@@ -64,7 +64,7 @@ class Member(NamedTuple):
         return describe(self.position[0], self.group, self.position[1], self.name)
 
 
-class Roster:
+class ParamTable:
     """The parameters of an optimizer, as long as they are the same."""
 
     def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
@@ -73,8 +73,8 @@ class Roster:
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
         self.params = [param for param, _, _ in located]
         known = names.of(self.params)
-        self.members = [
-            Member(param, group, position, number, known.get(param))
+        self.entries = [
+            ParamEntry(param, group, position, number, known.get(param))
             for number, (param, group, position) in enumerate(located)
         ]
 
@@ -101,7 +101,7 @@ class TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
         return TransformStates({param: _map(state, Tensor.clone) for param, state in self.by_param.items()})
 
-    def start(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
+    def start(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> None:
         """Make the first states of those that have none, or none of stages that the chain has got since.
 
         The states of a parameter that has another dtype than they were made for get the dtypes that they would be made
@@ -109,40 +109,40 @@ class TransformStates:
         """
         if not stage.stateful:
             return
-        for member in members:
-            param, states = member.param, self.by_param.setdefault(member.param, {})
-            form = param.shape, param.dtype, member.group.get("param_ndim"), stage
+        for entry in entries:
+            param, states = entry.param, self.by_param.setdefault(entry.param, {})
+            form = param.shape, param.dtype, entry.group.get("param_ndim"), stage
             if self._fitted.get((param, slot)) == form:
                 continue
-            first = own(first_state(slot, stage, member), param.detach())
+            first = without_aliases(first_state(slot, stage, entry), param.detach())
             known = {key: value for key, value in states.items() if key in first}
             if not known:
                 self.new[param] = None
             if any(value.shape != first[key].shape for key, value in known.items()):
                 raise ValueError(
-                    f"{slot}, {member.place()}: the state of {show(stage)} is for a parameter of another shape; change "
+                    f"{slot}, {entry.place()}: the state of {show(stage)} is for a parameter of another shape; change "
                     f'the tensors in state[param]["{KEY}"] too, or del state[param]["{KEY}"] to start anew'
                 )
             states |= {key: known[key].to(value.dtype) if key in known else value for key, value in first.items()}
             self._fitted[param, slot] = form
 
-    def begin(self, slot: str, stage: Chain, members: Iterable[Member]) -> None:
+    def begin(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> None:
         """Make the first states of the stages that depend on where a parameter starts, of those that have none."""
         early = tuple(f"{slot}.{stage.path(index)}" for index in stage.keys if stage.stages[index].starts_early)
-        for member in members if early else ():
-            states = self.by_param.setdefault(member.param, {})
+        for entry in entries if early else ():
+            states = self.by_param.setdefault(entry.param, {})
             if any(key.startswith(early) for key in states):
                 continue
             try:
-                first = own(first_state(slot, stage, member), member.param.detach())
+                first = without_aliases(first_state(slot, stage, entry), entry.param.detach())
             except Exception as error:
-                locate(error, f"{slot}, {member.place()}")
+                locate(error, f"{slot}, {entry.place()}")
                 raise
             if not states:
-                self.new[member.param] = None
+                self.new[entry.param] = None
             states |= {key: value for key, value in first.items() if key.startswith(early)}
 
-    def show_in(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
+    def share_with(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
         """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
 
         Not before the inner optimizer has seen a gradient: many make their own state only where there is none.
@@ -159,7 +159,7 @@ class TransformStates:
         """Whether the inner optimizer has those of all parameters that have a gradient."""
         return all(param in self._shown for param in self.by_param if param.grad is not None)
 
-    def follow(self, inner_opt: Optimizer) -> bool:
+    def take_over_from(self, inner_opt: Optimizer) -> bool:
         """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""
         found = {param: inner_opt.state.get(param, {}).get(KEY) for param in self._shown}
         changed = {param: state for param, state in found.items() if state is not self.by_param.get(param)}
@@ -191,24 +191,24 @@ class TransformStates:
         for slot in SLOTS:
             self._fitted.pop((param, slot), None)
 
-    def add_to(self, state_dict: dict[str, Any], members: Sequence[Member]) -> None:
+    def add_to(self, state_dict: dict[str, Any], entries: Sequence[ParamEntry]) -> None:
         """Put the states into a state dict of the inner optimizer."""
         if "param_groups" not in state_dict:  # it has a form of its own
-            state_dict[KEY] = {m.number: self.by_param[m.param] for m in members if m.param in self.by_param}
+            state_dict[KEY] = {m.number: self.by_param[m.param] for m in entries if m.param in self.by_param}
             return
-        for key, param in _keyed_params(state_dict, members):
+        for key, param in _keyed_params(state_dict, entries):
             if param in self.by_param:
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), KEY: self.by_param[param]}
 
     @staticmethod
-    def split(state_dict: dict[str, Any], members: Sequence[Member]) -> tuple[TransformStates, dict[str, Any]]:
+    def split(state_dict: dict[str, Any], entries: Sequence[ParamEntry]) -> tuple[TransformStates, dict[str, Any]]:
         """Take the states out of a state dict, which the inner optimizer would cast to the dtype of the parameter."""
         by_param, bare = {}, {}
         if "param_groups" not in state_dict:
-            by_param = {m.param: state_dict[KEY][m.number] for m in members if m.number in state_dict.get(KEY, {})}
+            by_param = {m.param: state_dict[KEY][m.number] for m in entries if m.number in state_dict.get(KEY, {})}
             by_param = {param: _copy_to(state, param.device) for param, state in by_param.items()}
             return TransformStates(by_param), {key: value for key, value in state_dict.items() if key != KEY}
-        params = dict(_keyed_params(state_dict, members))
+        params = dict(_keyed_params(state_dict, entries))
         for key, state in state_dict["state"].items():
             has_own = isinstance(state, dict) and KEY in state
             if has_own and key in params:
@@ -219,7 +219,7 @@ class TransformStates:
         return TransformStates(by_param), {**state_dict, "state": bare}
 
     @contextmanager
-    def averaged(self, post: Chain, members: Iterable[Member]) -> Iterator[None]:
+    def averaged(self, post: Chain, entries: Iterable[ParamEntry]) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
         averages = {}
         for param, states in self.by_param.items():
@@ -237,25 +237,25 @@ class TransformStates:
         finally:
             _write(current)
 
-    def of(self, member: Member) -> State:
+    def of(self, entry: ParamEntry) -> State:
         """The states of a parameter; empty for one without any."""
-        return self.by_param.get(member.param, {})
+        return self.by_param.get(entry.param, {})
 
-    def require_fit(self, stages: Mapping[str, Stage], members: Iterable[Member]) -> None:
+    def require_fit(self, stages: Mapping[str, Stage], entries: Iterable[ParamEntry]) -> None:
         """Raise where a state is not one of the transforms in ``stages``, by slot."""
-        for member in members:
-            states = self.by_param.get(member.param, {})
+        for entry in entries:
+            states = self.by_param.get(entry.param, {})
             slots = {str(key).partition(".")[0] for key in states} if isinstance(states, dict) else set()
             if not isinstance(states, dict) or not slots <= stages.keys():
                 raise ValueError(
-                    f"{member.place()}: the loaded states must be a dict with keys that begin with the slots "
+                    f"{entry.place()}: the loaded states must be a dict with keys that begin with the slots "
                     f"{list(stages)}, got {list(states) if isinstance(states, dict) else states!r}"
                 )
             for slot in sorted(slots):
                 try:
-                    _require_like(below(states, f"{slot}."), below(first_state(slot, stages[slot], member), f"{slot}."))
+                    _require_like(below(states, f"{slot}."), below(first_state(slot, stages[slot], entry), f"{slot}."))
                 except ValueError as error:
-                    locate(error, f"{slot}, {member.place()}: the loaded state is not one of {show(stages[slot])}")
+                    locate(error, f"{slot}, {entry.place()}: the loaded state is not one of {show(stages[slot])}")
                     raise
 
     @staticmethod
@@ -270,16 +270,16 @@ class TransformStates:
         return TransformStates(by_param)
 
     @torch.no_grad()
-    def keep_fitting(self, slot: str, stage: Chain, members: Iterable[Member]) -> tuple[set[str], set[str]]:
+    def keep_fitting(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> tuple[set[str], set[str]]:
         """Keep those states of a slot that the chain has a transform for, in the dtypes that it gives them.
 
         Returns how the keys of states begin that are dropped, and of those that have lost digits in another dtype.
         """
         dropped, rounded = set(), set()
-        for member in members:
-            states = self.by_param.get(member.param, {})
+        for entry in entries:
+            states = self.by_param.get(entry.param, {})
             known = {key: value for key, value in states.items() if key.startswith(f"{slot}.")}
-            first = first_state(slot, stage, member) if known else {}
+            first = first_state(slot, stage, entry) if known else {}
             for path in {key.rpartition(".")[0] for key in known}:
                 mine, wanted = below(known, f"{path}."), below(first, f"{path}.")
                 if mine.keys() != wanted.keys() or not all(_has_shape(mine[key], wanted[key].shape) for key in wanted):
@@ -298,16 +298,16 @@ class TransformStates:
         return copy.deepcopy(inner_state, {id(value): value for value in kept})
 
 
-def first_state(slot: str, stage: Stage, member: Member) -> State:
+def first_state(slot: str, stage: Stage, entry: ParamEntry) -> State:
     """The states of a slot of a parameter before its first step."""
-    param = member.param.detach()
-    return beneath(stage.init(param, {**member.group, **member.identity(slot), "param": param}), f"{slot}.")
+    param = entry.param.detach()
+    return beneath(stage.init(param, {**entry.group, **entry.own_keys(slot), "param": param}), f"{slot}.")
 
 
-def _keyed_params(state_dict: Mapping[str, Any], members: Sequence[Member]) -> list[tuple[Any, Tensor]]:
+def _keyed_params(state_dict: Mapping[str, Any], entries: Sequence[ParamEntry]) -> list[tuple[Any, Tensor]]:
     """The key of each parameter in ``state_dict``, which lists them in the same order."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    return list(zip(keys, (member.param for member in members), strict=False))
+    return list(zip(keys, (entry.param for entry in entries), strict=False))
 
 
 @torch.no_grad()

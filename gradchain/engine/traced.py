@@ -18,7 +18,7 @@ from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
 from gradchain.stage import Combinator, Part, Stage
 
 if TYPE_CHECKING:
-    from gradchain.engine.operations import Item, View
+    from gradchain.engine.operations import SlotTensor, View
 
 NUMBER, VALUE, CONTEXT, STATE, VIEW = "number:", "value:", "context:", "state:", "view:"
 """How the name of an input begins: a number or a tensor of the group, and so on."""
@@ -139,7 +139,9 @@ class TracedGroup(NotedGroup):
         return merged
 
 
-def trace_stages(parts: Sequence[Part], item: Item, views: Mapping[str, View], *, count: int | None = None) -> Traced:
+def trace_stages(
+    parts: Sequence[Part], item: SlotTensor, views: Mapping[str, View], *, count: int | None = None
+) -> Traced:
     """Trace what ``parts`` do, one after the other, to a tensor like that of ``item``.
 
     Args:
@@ -160,7 +162,7 @@ def trace_stages(parts: Sequence[Part], item: Item, views: Mapping[str, View], *
             raise UntracedStage(position, str(error)) from None
     key = (
         tuple((part.stage, part.path) for part in parts),
-        form_of(item.form),
+        form_of(item.example),
         tuple((name, form_of(value)) for name, value in item.context.items()),
         tuple((name, form_of(value)) for name, value in item.states.items()),
         tuple((path, name, form_of(value)) for path, view in views.items() for name, value in view.items()),
@@ -181,7 +183,7 @@ _KNOWN: dict[Any, Traced] = {}
 
 def _trace(
     parts: Sequence[Part],
-    item: Item,
+    item: SlotTensor,
     group: Group,
     views: Mapping[str, View],
     count: int | None,
@@ -209,7 +211,7 @@ class _Attempt:
     def __init__(
         self,
         parts: Sequence[Part],
-        item: Item,
+        item: SlotTensor,
         group: Group,
         views: Mapping[str, View],
         count: int | None,
@@ -218,7 +220,7 @@ class _Attempt:
         self.parts = parts
         self.count = count
         self.position = 0
-        form = local_part(item.form)
+        form = local_part(item.example)
         self.inputs = {TENSOR: self._empty(form)}
         self.inputs |= {CONTEXT + key: self._empty(local_part(value)) for key, value in item.context.items()}
         for part in parts:
@@ -278,14 +280,14 @@ def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict
     return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
 
 
-def dependencies(traced: Iterable[tuple[Item, Traced]]) -> list[Callable[[], bool]]:
+def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
     """What has to hold so that traces hold, of which each is for an item."""
     found: dict[Any, Callable[[], bool]] = {}
     for item, each in traced:
         for reading in each.readings:
             found[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
-            if key not in item.identity:
+            if key not in item.own_keys:
                 found[id(item.group), key, id(value)] = partial(_has, item.group, key, value)
     return list(found.values())
 

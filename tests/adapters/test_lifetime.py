@@ -207,7 +207,18 @@ def test_steps_leave_nothing(make: Any, step: Callable[[Optimizer], None], slots
         kinds = Counter(type(value).__name__ for value in gc.get_objects())
         return Counter({kind: count for kind, count in kinds.items() if kind in watched})
 
-    watched = {"Tensor", "Step", "Work", "Engine", "_HookedStep", "Plan", "Roster", "frame", "traceback"}
+    watched = {
+        "Tensor",
+        "Step",
+        "Pass",
+        "Engine",
+        "_HookedStep",
+        "Plan",
+        "SlotPlans",
+        "ParamTable",
+        "frame",
+        "traceback",
+    }
     for _ in range(3):
         step(optimizer)
     before = alive()

@@ -81,12 +81,12 @@ def test_names_are_found_again_after_copies_and_for_new_groups() -> None:
     model = make_model()
     optimizer = ParamTransformingOptimizer(model[0].parameters(), pre=masked(scale(3.0), "*.bias"), model=model)
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert [member.name for member in copied._engine.roster.members] == NAMES[:2]
+        assert [member.name for member in copied._engine.param_table.entries] == NAMES[:2]
     optimizer.add_param_group({"params": [*model[1].parameters()]})
-    assert [member.name for member in optimizer._engine.roster.members] == NAMES
+    assert [member.name for member in optimizer._engine.param_table.entries] == NAMES
     model[0].weight = nn.Parameter(torch.ones(2, 3))
     optimizer.param_groups[0]["params"][0] = model[0].weight  # as Accelerate does it
-    assert [member.name for member in optimizer._engine.roster.members] == NAMES
+    assert [member.name for member in optimizer._engine.param_table.entries] == NAMES
     train(optimizer, model)
     assert optimizer.explain()["1.bias"].number == 3
     with step_in_backward(optimizer):
@@ -117,7 +117,7 @@ def test_a_shared_parameter_has_its_first_name_and_given_names_stay_where_the_mo
     other = nn.Parameter(torch.ones(1))
     params: list[tuple[str, Tensor]] = [("first", weight), ("other", other)]
     optimizer = ParamTransformingOptimizer(params, pre=masked(sign(), "other"), model=model)
-    assert [member.name for member in optimizer._engine.roster.members] == ["0.weight", "other"]
+    assert [member.name for member in optimizer._engine.param_table.entries] == ["0.weight", "other"]
 
 
 # found: 13

@@ -1,0 +1,342 @@
+"""The chains of the slots of an optimizer, their states, and the plans that the adapters run in steps."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager
+from operator import eq
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from gradchain._units import list_stages
+from gradchain.broadcast import broadcast
+from gradchain.chain import Chain
+from gradchain.contract import Group
+from gradchain.engine.forms import like_without_memory
+from gradchain.engine.groups import (
+    check_group,
+    check_support,
+    complete_groups,
+    number_chains,
+    prefixes,
+    require_known,
+    warn_of_short,
+    warn_of_unread,
+)
+from gradchain.engine.names import Names
+from gradchain.engine.operations import SlotTensor
+from gradchain.engine.plan import Plan, SlotPlans
+from gradchain.engine.reach import check_reach
+from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+
+T = TypeVar("T")
+
+
+Numbered: TypeAlias = tuple[dict[str, Chain], dict[str, Chain]]
+"""The chain of each slot as it was given, and as its transforms have keys of their own."""
+
+
+class Owner(Protocol):
+    """What the chains belong to."""
+
+    pre: Chain
+    update: Chain
+    post: Chain
+
+    @property
+    def inner_opt(self) -> Optimizer: ...
+
+    @property
+    def param_groups(self) -> list[Group]: ...
+
+    _hooked_slots: ClassVar[frozenset[str]]
+    """The slots for which ``_run_hook`` does anything."""
+
+    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
+        """Do, for one parameter, what follows the chain of ``pre`` or ``post``."""
+        ...
+
+
+class Weak(Generic[T]):
+    """A reference that does not keep alive what it refers to; a copy refers to the copy of that.
+
+    An optimizer and what belongs to it refer to each other. If both references were strong, ``del optimizer`` would
+    leave the memory of all states to the garbage collector, which comes late.
+    """
+
+    def __init__(self, value: T) -> None:
+        self._reference = weakref.ref(value)
+
+    def __call__(self) -> T:
+        """The object itself."""
+        value = self._reference()
+        if value is None:
+            raise ReferenceError("the optimizer no longer exists; keep a reference to it as long as it is needed")
+        return value
+
+    @property
+    def exists(self) -> bool:
+        """Whether the object is still there."""
+        return self._reference() is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weak, (self(),)
+
+
+class Engine:
+    """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        states: TransformStates,
+        numbered: Numbered | None = None,
+        names: Names | None = None,
+        *,
+        fused: bool = True,
+    ) -> None:
+        self._owner = Weak(owner)
+        self.fused = fused
+        self.states = states
+        self.names = Names() if names is None else names
+        self._keys: list[Set[str]] = []
+        self.numbered: Numbered = ({}, {}) if numbered is None else numbered
+        self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
+        self._plans: SlotPlans | None = None
+        self._param_table: ParamTable | None = None
+        self._is_settled = True
+        """Whether the states are known to fit the chains."""
+        self.chains()
+        self.note_keys()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is worked out, which is made anew."""
+        return self.__dict__ | {"_plans": None, "_param_table": None}
+
+    @property
+    def owner(self) -> Owner:
+        """What the chains belong to."""
+        return self._owner()
+
+    def reset(self, states: TransformStates) -> None:
+        """Go on with other states."""
+        self.states = states
+        self._plans = None
+        self._is_settled = True
+
+    def adopt(self, states: TransformStates) -> None:
+        """Go on with states that the inner optimizer has loaded, as soon as they are needed, as far as they fit."""
+        self.reset(states)
+        self._is_settled = not states.by_param
+
+    def _settle(self) -> None:
+        self._is_settled = True
+        inner_opt = self.owner.inner_opt
+        dropped: list[str] = []
+        rounded: list[str] = []
+        for slot in SLOTS:
+            found = self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
+            for keys, known in zip((dropped, rounded), found, strict=True):
+                keys += sorted(known)
+        loaded = f"{type(inner_opt).__name__} has loaded states of transforms among its own"
+        if dropped:
+            warnings.warn(
+                f"{loaded}, of which {dropped} do not fit the chains that it has now, and are dropped; transforms "
+                "without a state start anew",
+                stacklevel=4,
+            )
+        if rounded:
+            warnings.warn(
+                f"{loaded}, and has rounded {rounded} to the dtype of the parameters; call load_state_dict when the "
+                "transforms are around the optimizer",
+                stacklevel=4,
+            )
+        self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
+
+    def synced_states(self) -> TransformStates:
+        """The states, as others have left them in the inner optimizer."""
+        if not self._is_settled:
+            self._settle()
+        if self.states.by_param:
+            if self.states.take_over_from(self.owner.inner_opt):
+                self._plans = None
+            _ = self.param_table  # new parameters may have brought theirs along
+        return self.states
+
+    @property
+    def param_table(self) -> ParamTable:
+        """The parameters."""
+        known = self._param_table
+        if known is None or not known.is_of(self.owner.param_groups):
+            known = ParamTable(self.owner.param_groups, self.names)
+            self.states.adopt(self.owner.inner_opt, known.params)
+            self._param_table = known
+        return known
+
+    def stage(self, slot: str) -> Chain:
+        """The chain of a slot, broadcast."""
+        chains = self.chains()
+        return self._stages[slot] if self.numbered[1] is chains else broadcast(chains[slot])
+
+    def chains(self) -> dict[str, Chain]:
+        """The chain of each slot, with the keys that its transforms have in the optimizer.
+
+        Where others replace the chain of a slot, those of the other slots keep theirs.
+        """
+        given: dict[str, Chain] = {slot: getattr(self.owner, slot) for slot in SLOTS}
+        known, numbered = self.numbered
+        if all(given[slot] is known.get(slot) for slot in SLOTS):
+            return numbered
+        chains = self.number(given)
+        self.numbered = given, chains
+        self._stages = {slot: broadcast(each) for slot, each in chains.items()}
+        return chains
+
+    def number(self, given: dict[str, Chain]) -> dict[str, Chain]:
+        """``given``, a chain for each slot, with keys beside those of the slots that have theirs already."""
+        known, numbered = self.numbered
+        kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
+        new = {slot: each for slot, each in given.items() if slot not in kept}
+        return {**given, **kept, **number_chains(new, prefixes(kept.values()))}
+
+    def list_stages(self, chains: Mapping[str, Chain]) -> dict[str, list[tuple[str, str]]]:
+        """The stages of ``chains``, which are by slot, each with what it acts on."""
+        entries = self.param_table.entries
+        params = [entry.param.detach() for entry in entries]
+        return {
+            slot: list_stages(transforms, params, [entry.context(slot) for entry in entries])
+            for slot, transforms in chains.items()
+        }
+
+    def read_state_dict(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
+        """The states in a state dict, and the state dict without them; or raise where either does not fit."""
+        owner, entries = self.owner, self.param_table.entries
+        states, bare = TransformStates.split(state_dict, entries)
+        groups = dict(enumerate(owner.param_groups))
+        for index, saved in zip(groups, bare.get("param_groups", ()), strict=False):
+            groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
+            check_group(index, groups[index], self.chains())
+        entries = [entry._replace(group=groups[entry.position[0]]) for entry in entries]
+        check_reach(self.chains(), entries, owner._hooked_slots, are_all=False)
+        states.require_fit({slot: self.stage(slot) for slot in SLOTS}, entries)
+        warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
+        return states, bare
+
+    def note_keys(self) -> None:
+        """Remember the keys of the groups, which have been checked."""
+        self._keys = [set(group) for group in self.owner.param_groups]
+
+    def check_keys(self) -> None:
+        """Raise where a group has got a key that is mistyped; a comparison of sets while there is no other key."""
+        groups = self.owner.param_groups
+        if len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys)):
+            return
+        for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
+            new = set(group).difference(known)
+            require_known(index, new, self.chains())
+            warn_of_short(index, new - self.owner.inner_opt.defaults.keys(), self.chains())
+        self.note_keys()
+
+    def set_names(self, names: Names) -> None:
+        """Name parameters so from now on."""
+        self.names = names
+        self._param_table = self._plans = None
+
+    def load_states(self, states: TransformStates) -> None:
+        """Go on with states that were loaded, after the inner optimizer has loaded its own."""
+        self.reset(states)
+        self.begin()
+        inner_opt = self.owner.inner_opt
+        states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
+        return self.synced_states().averaged(self.stage("post"), self.param_table.entries)
+
+    def complete(self, state_dict: Group, defaults: Group) -> None:
+        """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
+        complete_groups(state_dict.get("param_groups", ()), defaults)
+        entries, states = self.param_table.entries, self.synced_states()
+        for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
+            stage = self.stage(slot)
+            begun = [m for m in entries if any(key.startswith(f"{slot}.") for key in states.of(m))]
+            states.start(slot, stage, begun)
+        states.add_to(state_dict, entries)
+
+    def drop_states_of_others(self, slot: str) -> None:
+        """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
+        self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Make the states that depend on where the parameters start: on what they are now."""
+        for slot in SLOTS:
+            stage = self.stage(slot)
+            if stage.starts_early:
+                self.states.begin(slot, stage, self.param_table.entries)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Make the first states of all parameters."""
+        for slot in SLOTS:
+            self.states.start(slot, self.stage(slot), self.param_table.entries)
+        self.states.share_with(self.owner.inner_opt)
+
+    def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
+        """What there is to do, made anew when anything that it depends on is not as it was."""
+        owner, known = self.owner, self._plans
+        chains = owner.pre, owner.update, owner.post
+        if known is None or not known.are_for(chains, param_table, grads):
+            for index, group in enumerate(param_table.groups):
+                check_support(index, group)  # which can have changed since construction
+            known = SlotPlans(chains, param_table, grads)
+            known.of = {
+                slot: self._make_plan(slot, param_table, grads)
+                for slot, stages in zip(SLOTS, chains, strict=True)
+                if stages
+            }
+            known.finish()
+            self._plans = known if known.can_be_kept else None
+        for plan in known.of.values():
+            plan.prepare()
+        return known
+
+    def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
+        stage = self.stage(slot)
+        is_transformed = [slot == "post" or grad is not None for grad in grads]
+        # Where a state is one for all parameters, those without a gradient keep up.
+        stateful = [
+            m for m, takes in zip(param_table.entries, is_transformed, strict=True) if takes or stage.shares_state
+        ]
+        self.states.start(slot, stage, stateful)
+        context = {"pre": ("param",), "update": ("param", "grad"), "post": ("grad",)}[slot]
+        items = []
+        for entry, grad, takes in zip(param_table.entries, grads, is_transformed, strict=True):
+            given: dict[str, Any] = {"param": entry.param}
+            example = entry.param
+            if grad is not None and grad.layout is torch.strided:
+                given["grad"] = like_without_memory(grad, entry.param)
+            if grad is not None and slot == "pre":
+                example = given.get("grad", grad)
+            items.append(
+                SlotTensor(
+                    example=example,
+                    group=entry.group,
+                    own_keys=entry.own_keys(slot),
+                    param=entry.param,
+                    context={key: given[key] for key in context if key in given},
+                    states=self.states.of(entry),
+                    is_transformed=takes,
+                    is_new=entry.param in self.states.new,
+                    place=entry.place(),
+                )
+            )
+        plan = Plan(slot, stage, items, fused=self.fused)
+        if plan.skips and slot != "pre":
+            raise ValueError(f"{slot}: {getattr(self.owner, slot)} has a transform that skips steps; it belongs in pre")
+        return plan
