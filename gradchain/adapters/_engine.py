@@ -157,7 +157,7 @@ class Engine:
         """The states, as others have left them in the inner optimizer."""
         if not self._is_settled:
             self._settle()
-        if self.states.by_param and not torch.compiler.is_compiling():
+        if self.states.by_param:
             if self.states.follow(self.owner.inner_opt):
                 self._plans = None
             _ = self.roster  # new parameters may have brought theirs along
@@ -170,7 +170,7 @@ class Engine:
         if known is None or not known.is_of(self.owner.param_groups):
             known = Roster(self.owner.param_groups, self.names)
             self.states.adopt(self.owner.inner_opt, known.params)
-            self._roster = None if torch.compiler.is_compiling() else known
+            self._roster = known
         return known
 
     def stage(self, slot: str) -> Chain:
@@ -188,9 +188,8 @@ class Engine:
         if all(given[slot] is known.get(slot) for slot in SLOTS):
             return numbered
         chains = self.number(given)
-        if not torch.compiler.is_compiling():
-            self.numbered = given, chains
-            self._stages = {slot: broadcast(each) for slot, each in chains.items()}
+        self.numbered = given, chains
+        self._stages = {slot: broadcast(each) for slot, each in chains.items()}
         return chains
 
     def number(self, given: dict[str, Chain]) -> dict[str, Chain]:
@@ -230,9 +229,7 @@ class Engine:
     def check_keys(self) -> None:
         """Raise where a group has got a key that is mistyped; a comparison of sets while there is no other key."""
         groups = self.owner.param_groups
-        if torch.compiler.is_compiling() or (
-            len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys))
-        ):
+        if len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys)):
             return
         for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
             new = set(group).difference(known)
@@ -353,7 +350,7 @@ class Plans:
         self.watched = {"param_ndim", "param_names", "differentiable"}
         """The keys of the groups that they depend on."""
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
-        self.can_be_kept = not torch.compiler.is_compiling() and all(
+        self.can_be_kept = all(
             grad is None or grad.shape == param.shape for param, grad in zip(roster.params, tensors.grads, strict=True)
         )
 
@@ -398,6 +395,17 @@ class Step:
         if self.owner.update or (not self.is_trusted and self._can_fail_late(with_closure)):
             self.before = [param.detach().clone() for param in self.roster.params]
 
+    @property
+    def skips(self) -> bool:
+        """Whether a transform can say that the step must not be made."""
+        return any(plan.skips for plan in (self.plans or {}).values())
+
+    @property
+    def is_familiar(self) -> bool:
+        """Whether a step like it has been made: nothing is left that is done once."""
+        plans = (self.plans or {}).values()
+        return self.engine.states.are_shown and all(plan.is_trusted or plan.has_run for plan in plans)
+
     def look(self) -> Plans:
         """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
         with torch.no_grad():
@@ -434,7 +442,7 @@ class Step:
                 for grad, value in saved:
                     grad.copy_(value)
                 raise
-            for index, group in enumerate(self.owner.param_groups):
+            for index, group in enumerate(self.roster.groups):
                 if rescales(group):
                     _rescale_grads(index, group)
 
@@ -462,6 +470,11 @@ class Step:
 
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
+        self.transform_update()
+        self.commit()
+
+    def transform_update(self) -> None:
+        """Do what ``update`` and ``post`` do."""
         with torch.no_grad():
             if self.plans is None:  # the closure was not called
                 self.plans = self.look().of
@@ -475,7 +488,6 @@ class Step:
                 self._run("update", params, {"param": self.before, "grad": self.grads})
                 torch._foreach_add_(moved, before)
             self.transform_params()
-            self.commit()
 
     def transform_params(self) -> None:
         """Do what ``post`` does."""
@@ -483,10 +495,15 @@ class Step:
             self._run("post", self.roster.params, {"grad": self.grads})
             self._run_hooks("post")
 
-    def commit(self) -> None:
-        """Keep the new states."""
+    def keep_states(self) -> None:
+        """Put the new states in place of the old ones."""
         for work in self.works:
             work.commit()
+        self.works = []
+
+    def commit(self) -> None:
+        """Keep the new states, and show them to the inner optimizer."""
+        self.keep_states()
         self.engine.states.new.clear()
         self.engine.states.show_in(self.owner.inner_opt)
 
@@ -540,8 +557,7 @@ def say_where(error: Exception, slot: str, roster: Roster) -> None:
 
 def _is_lazy(grad: Tensor | None) -> bool:
     """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
-    # Compiled code has no such tensors, and asking would break the graph.
-    return grad is not None and not torch.compiler.is_compiling() and (grad.is_neg() or grad.is_conj())
+    return grad is not None and (grad.is_neg() or grad.is_conj())
 
 
 def _writable(grad: Tensor) -> Tensor:
@@ -604,8 +620,6 @@ def _rescale_grads(group_index: int, group: Group) -> None:
 
 def is_rehearsal(param_groups: Sequence[Group]) -> bool:
     """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
-    if torch.compiler.is_compiling():
-        return False
     for group in param_groups:
         lr = group.get("lr")
         if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0.0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -41,7 +40,7 @@ class Names:
 
     def of(self, params: Iterable[Tensor]) -> dict[Tensor, str]:
         """The names of those that have one, which a model that is gone may have told before."""
-        if self._models and not torch.compiler.is_compiling():
+        if self._models:
             found = dict(self._known)
             for model in filter(None, (ref() for ref in self._models)):
                 found.update(named_parameters(model))

@@ -61,8 +61,7 @@ class Item(NamedTuple):
 
     def read(self) -> Group:
         """What says which transform is for it."""
-        group = {**self.group, **self.identity, "param": self.param}
-        return group if torch.compiler.is_compiling() else _Reading(group, self.watched)
+        return _Reading({**self.group, **self.identity, "param": self.param}, self.watched)
 
 
 class _Reading(Group):
@@ -94,11 +93,22 @@ class Work:
     keeps_states: bool
     """Whether to leave the old states alone until then."""
     new_states: list[tuple[State, State]] = field(default_factory=list)
+    views: dict[int, Group] = field(default_factory=dict)
+    """What was measured of all tensors, by the number of the operation that did."""
+
+    def view_of(self, measure: _Measure | None) -> Group:
+        """What ``measure`` has found."""
+        return {} if measure is None else self.views[measure.number]
 
     def commit(self) -> None:
         """Put the new states in place of the old ones."""
-        for state, new_state in self.new_states:
-            state.update(new_state)
+        if torch.compiler.is_compiling():  # a graph knows the states of an optimizer by the tensors that they are in
+            new_states = [(state, map_state(new_state, Tensor.clone)) for state, new_state in self.new_states]
+            for state, new_state in new_states:
+                _overwrite(state, new_state)
+        else:
+            for state, new_state in self.new_states:
+                state.update(new_state)
 
 
 class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step
@@ -112,7 +122,7 @@ class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner st
     def count(self) -> None:
         """Keep the counters, and raise a ``RuntimeError`` if more steps in a row were skipped than allowed."""
         for state, new_state in self.counted:
-            state.update(new_state)
+            _overwrite(state, new_state)
         steps = [int(new_state["in_a_row"]) for _, new_state in self.counted if bool(new_state["too_many"])]
         if steps:
             raise RuntimeError(
@@ -137,16 +147,16 @@ class Plan:
         self.is_trusted = all(operation.is_trusted for operation in self.operations)
         self.skips = any(operation.skips for operation in self.operations)
         self.has_run = False
-        for index, operation in enumerate(self.operations, 1):
-            operation.precedes_skip = any(later.skips for later in self.operations[index:])
+        for number, operation in enumerate(self.operations):
+            operation.number = number
+            operation.precedes_skip = any(later.skips for later in self.operations[number + 1 :])
         self._calls = list(_in_order(self.operations, items))
-        if not torch.compiler.is_compiling():
-            for operation in self.operations:
-                try:
-                    operation.rehearse(items)
-                except Exception as error:
-                    operation.say_where(error)
-                    raise
+        for operation in self.operations:
+            try:
+                operation.rehearse(items)
+            except Exception as error:
+                operation.say_where(error)
+                raise
 
     def prepare(self) -> None:
         """Read the hyperparameters, or raise where they are wrong."""
@@ -191,6 +201,8 @@ class _Part:
     def of(self, values: list[Any]) -> list[Any]:
         if len(self.at) == len(values):
             return values
+        if torch.compiler.is_compiling():  # where there is no itemgetter
+            return [values[i] for i in self.at]
         picked = self._pick(values)
         return [picked] if len(self.at) == 1 else list(picked)
 
@@ -217,6 +229,8 @@ class _Operation(ABC):
     """Whether it can act on pieces of a tensor."""
     skips = False
     precedes_skip = False
+    number = 0
+    """Its position in the plan."""
 
     def __init__(self, at: Sequence[int]) -> None:
         self.at = list(at)
@@ -244,7 +258,13 @@ class _InPlace(_Operation):
     is_trusted = True
 
     def __init__(
-        self, bound: BoundTransform, items: Sequence[Item], at: Sequence[int], dim: Dim, leaves: _Leaves, view: Group
+        self,
+        bound: BoundTransform,
+        items: Sequence[Item],
+        at: Sequence[int],
+        dim: Dim,
+        leaves: _Leaves,
+        measure: _Measure | None,
     ) -> None:
         super().__init__(at)
         first = items[self.at[0]]
@@ -254,7 +274,7 @@ class _InPlace(_Operation):
         self.dtype = compute_dtype(first.form.dtype)
         self.dim: Dim = dim
         self.leaves = leaves
-        self.view = view
+        self.measure = measure
         self.shapes = {items[i].form.shape for i in self.at}
         self.can_cut = bound.definition.elementwise and not leaves and not bound.definition.takes_tensors
 
@@ -287,7 +307,7 @@ class _InPlace(_Operation):
             copies = [{key: value.clone() for key, value in state.items()} for state in states]
             work.new_states += zip(states, copies, strict=True)
             states = copies
-        group = {**self.base, **self.view} if self.view else self.base
+        group = {**self.base, **work.view_of(self.measure)} if self.measure else self.base
         context = {key: partial(part.of, work.context[key]) for key in self.context}
         self.bound.act_in_place(tensors, group, context, states, self.arguments)
 
@@ -296,21 +316,22 @@ class _Pure(_Operation):
     """A stage that acts on each tensor by its function, whose result is written back."""
 
     def __init__(
-        self, stage: Broadcast, items: Sequence[Item], at: Sequence[int], leaves: _Leaves, view: Group
+        self, stage: Broadcast, items: Sequence[Item], at: Sequence[int], leaves: _Leaves, measure: _Measure | None
     ) -> None:
         super().__init__(at)
         self.stage = stage
         self.groups = {i: (items[i].group, items[i].identity, items[i].context) for i in self.at}
         self.leaves = leaves
-        self.view = view
+        self.measure = measure
 
     def run(self, work: Work, part: _Part, tensors: list[Any]) -> None:
+        view = work.view_of(self.measure)
         for i in part.at:
             tensor, state = work.tensors[i].detach(), self.leaves.get(i, {})
             group, identity, keys = self.groups[i]
             context = {key: work.context[key][i].detach() for key in keys}
             try:
-                result, new_state = self.stage.act(tensor, {**group, **identity, **self.view, **context}, state)
+                result, new_state = self.stage.act(tensor, {**group, **identity, **view, **context}, state)
             except Exception as error:
                 error.failed_item = i  # type: ignore[attr-defined]
                 raise
@@ -324,14 +345,11 @@ class _Measure(_Operation):
 
     is_joint = True
 
-    def __init__(
-        self, stage: Broadcast, items: Sequence[Item], at: Sequence[int], leaves: _Leaves, view: Group
-    ) -> None:
+    def __init__(self, stage: Broadcast, items: Sequence[Item], at: Sequence[int], leaves: _Leaves) -> None:
         super().__init__(at)
         self.stage = stage
         self.group = items[self.at[0]].group
         self.state: State = next(iter(leaves.values()), {})
-        self.view = view
         self.skips = bool(_flags(self.state))
         bound = stage.transform
         self.is_trusted = isinstance(bound, BoundTransform) and bound.definition.rule is not None
@@ -344,7 +362,7 @@ class _Measure(_Operation):
         if self.gathers:
             tensors, state = list(map(gather, tensors)), map_state(state, gather)
         view, new_state = self.stage.measure(tensors, self.group, state)
-        self.view.update(view)
+        work.views[self.number] = view
         _raise_if_skipped([(self.state, new_state)])
         if new_state is not state:
             work.new_states.append((self.state, _like(self.state, new_state, distribute)))
@@ -415,6 +433,7 @@ class _Distributed(_Operation):
             list(work.tensors),
             context,
             keeps_states=work.keeps_states or self.precedes_skip or self.gathers,
+            views=work.views,
         )
         origins = {}
         for i in part.at:
@@ -531,12 +550,13 @@ def _operations_on_each(
     stage: Broadcast, items: Sequence[Item], acting: Sequence[int], at: Sequence[int], path: tuple[str, ...]
 ) -> list[_Operation]:
     found: list[_Operation] = []
-    view: Group = {}
+    measure: _Measure | None = None
     stateful = at if stage.shares_state else acting if stage.stateful else []
     leaves: _Leaves = {i: _leaf(items[i].state, path) for i in stateful}
     bound = stage.transform if isinstance(stage.transform, BoundTransform) else None
     if bound is not None and bound.definition.measure is not None:
-        found.append(_Measure(stage, items, acting, leaves, view))
+        measure = _Measure(stage, items, acting, leaves)
+        found.append(measure)
     if stage.shares_state:
         leaves = {}
     kinds: dict[Any, list[int]] = {}
@@ -555,9 +575,9 @@ def _operations_on_each(
     for (gathers, kind), same in kinds.items():
         operation: _InPlace | _Pure
         if bound is None or kind is None:
-            operation = _Pure(stage, items, same, leaves, view)
+            operation = _Pure(stage, items, same, leaves, measure)
         else:
-            operation = _InPlace(bound, items, same, kind[-1], leaves, view)
+            operation = _InPlace(bound, items, same, kind[-1], leaves, measure)
         found.append(operation if gathers is None else _Distributed(operation, gathers=gathers))
     return found
 
@@ -681,6 +701,22 @@ def _storage(tensor: Tensor) -> int | None:
     tensor = local(tensor)
     is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)
     return tensor.untyped_storage().data_ptr() if is_known else None
+
+
+def _overwrite(state: State, new_state: State) -> None:
+    """Give the tensors of ``state`` the values in ``new_state``."""
+    for key, value in new_state.items():
+        known = state.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            _overwrite(known, value)
+        elif isinstance(known, Tensor) and isinstance(value, Tensor) and _look(known) == _look(value):
+            known.copy_(value)
+        else:
+            state[key] = value
+
+
+def _look(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def map_state(state: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -92,7 +92,7 @@ class Tensors:
         self.params = params
         self.grads = [param.grad for param in params]
         self.has_usual_grads = _are_usual(self.grads)
-        self.form = None if torch.compiler.is_compiling() else self._look()
+        self.form = self._look()
 
     def _look(self) -> Any:
         """All of them that a plan depends on. It is asked for in every step, and so by calls that take no frame."""
@@ -129,7 +129,7 @@ class TransformStates:
 
     def __init__(self, by_param: ByParam | None = None) -> None:
         self.by_param: ByParam = {} if by_param is None else by_param
-        self.new: dict[Tensor, None] = {}  # no set: graphs know none with tensors
+        self.new: dict[Tensor, None] = {}
         """The parameters whose states have not been in a step yet."""
         self._shown: dict[Tensor, None] = {}
         self._fitted: dict[tuple[Tensor, str], Any] = {}
@@ -192,6 +192,11 @@ class TransformStates:
             if param in self.by_param and inner_opt.state.get(param, {}) is not None:
                 inner_opt.state[param][KEY] = self.by_param[param]
                 self._shown[param] = None
+
+    @property
+    def are_shown(self) -> bool:
+        """Whether the inner optimizer has those of all parameters that have a gradient."""
+        return all(param in self._shown for param in self.by_param if param.grad is not None)
 
     def follow(self, inner_opt: Optimizer) -> bool:
         """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""

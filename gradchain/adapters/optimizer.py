@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -296,17 +299,12 @@ class ParamTransformingOptimizer(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if torch.compiler.is_compiling():
+            return self._step_compiled(closure)
         groups = self.inner_opt.param_groups
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
         self._complete_groups()
-        if torch.compiler.is_compiling() and closure is None:
-            # The inner step ends a graph, which nothing can do in a try statement.
-            step = Step(self._engine)
-            step.transform_grads()
-            loss = self.inner_opt.step()
-            step.finish()
-            return loss
         if closure is None and is_rehearsal(self.param_groups):
             loss = self.inner_opt.step()
             self._engine.start()
@@ -325,6 +323,58 @@ class ParamTransformingOptimizer(Optimizer):
             step.undo()
             raise
         return loss
+
+    def _step_compiled(self, closure: Callable[[], Any] | None) -> Any:
+        step = None
+        try:
+            # As in torch's own steps: what breaks in a try statement is not compiled, but what it calls is. And a graph
+            # writes in place only if no gradients are recorded from its start on.
+            torch._dynamo.graph_break()
+            step, result = self._begin(closure)
+            if step is not None:
+                with torch.no_grad():
+                    result = self._graph(step, result)
+                self._end(step)
+        except BaseException:
+            if step is not None:
+                step.undo()
+            raise
+        return result
+
+    @_disable_dynamo
+    def _begin(self, closure: Callable[[], Any] | None) -> tuple[Step | None, Any]:
+        """A step to be made as a graph, and what calls the inner one; or None and the result of one that is made.
+
+        What happens once, such as making states, is left out of graphs, and so is what depends on values.
+        """
+        groups = self.inner_opt.param_groups
+        self._complete_groups()
+        if closure is not None or is_rehearsal(groups):
+            return None, self._step(closure)
+        step = Step(self._engine)
+        if not step.is_familiar:
+            return None, self._step(closure)
+        if step.skips:
+            try:
+                step.transform_grads()
+            except SkippedStep as skipped:
+                return None, step.skip(skipped)
+        return step, _traceable_step(self.inner_opt)
+
+    def _graph(self, step: Step, inner_step: Callable[..., Any]) -> Any:
+        with torch.no_grad():  # a frame without a word of torch would not be compiled
+            # First of all: what torch knows as tensors of an optimizer needs no guards of its own.
+            step.grads = [param.grad for group in self.inner_opt.param_groups for param in group["params"]]
+            if not step.skips:
+                step.transform_grads()
+            loss = inner_step(self.inner_opt)
+            step.transform_update()
+            step.keep_states()
+        return loss
+
+    @_disable_dynamo
+    def _end(self, step: Step) -> None:
+        step.commit()
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
@@ -505,3 +555,25 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _repr_html_(self) -> str:
         return show_optimizer(type(self).__name__, self._engine.list_stages(self._chains()), self.inner_opt)
+
+
+_WRAPS_STEPS = inspect.getfile(Optimizer)
+
+
+def _traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """The step of ``optimizer``, if possible without what torch has around it, which ends the graph.
+
+    It serves hooks and the profiler, and switches the recording of gradients off, which has been done by then.
+    """
+    hooks = (
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+        optimizer.__dict__.get("_optimizer_step_pre_hooks"),
+        optimizer.__dict__.get("_optimizer_step_post_hooks"),
+    )
+    if any(hooks) or profiler._is_profiler_enabled or "step" in optimizer.__dict__:
+        return operator.methodcaller("step")
+    step: Any = type(optimizer).step
+    while hasattr(step, "__wrapped__") and step.__code__.co_filename == _WRAPS_STEPS:
+        step = step.__wrapped__
+    return cast("Callable[..., Any]", step)

@@ -6,7 +6,7 @@ training, and go on where a checkpoint was made, whatever else draws random numb
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -28,11 +28,27 @@ def _seeded(name: str) -> Callable[..., State]:
     return init
 
 
-def _resume(state: State) -> tuple[Generator, Callable[[], State]]:
-    """The generator as ``state`` left it, and what makes the next state when all is drawn."""
-    generator, saved = Generator(), state["generator"]
+def _draw(sampler: str, tensor: Tensor, state: State, dtype: torch.dtype) -> tuple[Tensor, State]:
+    """Random numbers like ``tensor`` from the generator of ``state``, and the next state."""
+    draw = _draw_in_a_graph if torch.compiler.is_compiling() else _draw_from
+    drawn, generator = draw(sampler, state["generator"], tensor.shape, dtype)
+    return drawn.to(tensor.device), {"generator": generator, "step": state["step"] + 1}
+
+
+def _draw_from(sampler: str, saved: Tensor, size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = Generator()
     generator.set_state(saved if saved.is_cpu else saved.cpu())  # a checkpoint is loaded to the device of the parameter
-    return generator, lambda: {"generator": generator.get_state(), "step": state["step"] + 1}
+    sample = torch.randn if sampler == "normal" else torch.rand
+    return sample(size, generator=generator, dtype=dtype), generator.get_state()
+
+
+# A graph has no generators, but it can call an operator that has.
+_draw_in_a_graph = torch.library.custom_op("gradchain::draw", _draw_from, mutates_args=())
+
+
+@_draw_in_a_graph.register_fake
+def _(sampler: str, saved: Tensor, size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty(size, dtype=dtype), torch.empty_like(saved, device="cpu")
 
 
 @transform(init=_seeded("add_noise"), elementwise=True)
@@ -87,10 +103,9 @@ def _add_noise(
 
 
 def _draw_noise(tensor: Tensor, state: State, eta: float, gamma: float) -> tuple[Tensor, State]:
-    generator, finish = _resume(state)
-    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
-    step = state["step"].to(tensor.device, tensor.dtype.to_real())
-    return (eta / (1 + step) ** gamma) ** 0.5 * noise, finish()
+    noise, new_state = _draw("normal", tensor, state, tensor.dtype)
+    step = state["step"].to(tensor.device, tensor.real.dtype)
+    return (eta / (1 + step) ** gamma) ** 0.5 * noise, new_state
 
 
 @transform(init=_seeded("dropout"), elementwise=True)
@@ -137,9 +152,8 @@ def _dropout(tensors: list[Tensor], group: Group, state: dict[str, list[Tensor]]
 
 
 def _draw_kept(tensor: Tensor, state: State, p: float) -> tuple[Tensor, State]:
-    generator, finish = _resume(state)
-    kept = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device) >= p
-    return kept, finish()
+    drawn, new_state = _draw("uniform", tensor, state, torch.float32)
+    return drawn >= p, new_state
 
 
 def _overwrite(state: dict[str, list[Tensor]], index: int, new_state: State) -> None:

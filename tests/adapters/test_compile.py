@@ -1,6 +1,8 @@
-"""``torch.compile(optimizer.step)``: what the eager step does, with the graph breaks of the inner optimizer alone."""
+"""``torch.compile(optimizer.step)``: what the eager step does, in one graph, as that of the inner optimizer alone."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.testing import assert_close
 
 import gradchain as gc
@@ -38,57 +40,181 @@ def make_params() -> list[nn.Parameter]:
     return params
 
 
-def breaks(step: Callable[[], Any], steps: int = 3) -> set[str]:
-    """The reasons of graph breaks in a few steps."""
+def compile_steps(step: Callable[[], Any], before: Callable[[int], None] = lambda number: None) -> tuple[set[str], int]:
+    """Make a few compiled steps, and return the reasons of graph breaks and how many graphs there are."""
     torch.compiler.reset()
     counters.clear()
-    compiled = torch.compile(step, backend="eager")
-    for _ in range(steps):
+    counter = CompileCounter()
+    compiled = torch.compile(step, backend=counter)
+    for number in range(4):
+        before(number)
         compiled()
-    return {reason.split("\n")[0] for reason in counters["graph_break"]}
+    return {reason.split("\n")[0] for reason in counters["graph_break"]}, counter.frame_count
 
 
-def compare(make: Callable[[list[nn.Parameter]], Optimizer]) -> set[str]:
-    """Compare compiled with eager steps, and return the reasons of graph breaks."""
+def compare(
+    make: Callable[[list[nn.Parameter]], Optimizer],
+    before: Callable[[Optimizer, int], None] = lambda optimizer, i: None,
+) -> tuple[set[str], int]:
+    """Compare compiled with eager steps, and return the reasons of graph breaks and how many graphs there are."""
     expected, actual = make_params(), make_params()
-    optimizer = make(expected)
-    for _ in range(3):
+    optimizer, compiled_optimizer = make(expected), make(actual)
+    for number in range(4):
+        before(optimizer, number)
         optimizer.step()
-    reasons = breaks(make(actual).step)
+    seen = compile_steps(compiled_optimizer.step, lambda number: before(compiled_optimizer, number))
     for eager, compiled in zip(expected, actual, strict=True):
         assert_close(compiled, eager)
         assert_close(compiled.grad, eager.grad)
-    return reasons
+    for state, compiled_state in zip(optimizer.state.values(), compiled_optimizer.state.values(), strict=True):
+        assert_close(compiled_state, state)
+    return seen
+
+
+@cache
+def compile_bare(InnerOpt: Any) -> tuple[set[str], int]:
+    return compile_steps(InnerOpt(make_params(), lr=0.1).step)
 
 
 CHAINS: list[dict[str, Any]] = [
     {},
-    {"pre": gc.sign()},
     {"pre": gc.chain(gc.zero_nonfinite(), gc.clip_by_global_norm(1.0), gc.ema(0.9))},
     {"pre": gc.normalize(), "post": gc.project_l2_ball(1.0)},
     {"pre": gc.masked(gc.scale(2.0), lambda group: len(group["shape"]) == 1)},
+    {"pre": gc.partition({1: gc.sign(), 2: gc.scale(0.5)}, by="kind"), "defaults": {"kind": 2}},
     {"update": gc.chain(gc.cautious(), gc.decay_weights(0.1)), "post": gc.param_ema(0.9)},
-    {"pre": lambda tensor, group: tensor / (1 + tensor.abs())},
+    {"pre": lambda tensor, group: tensor / (1 + tensor.abs()), "grad_scale": 0.5},
+    {"post": gc.masked(lambda tensor, group: tensor / 2, torch.tensor(True))},
+    # found: 39
+    {"pre": gc.chain(gc.add_noise(0.1), gc.dropout(0.5)), "update": gc.add_noise(0.1, seed=1)},
+    {"pre": gc.amplify_slow(2.0, 0.9), "update": gc.with_error_feedback(gc.sign()), "post": gc.lookahead(2, 0.5)},
 ]
 
 
 # found: 13
 def test_names_of_a_model_break_no_graph() -> None:
-    model = nn.ParameterList(make_params())
-    chains: dict[str, Any] = {"pre": gc.masked(gc.scale(2.0), "0"), "model": model}
-    bare = breaks(Adam(make_params(), lr=0.1).step)
-    params = [*model.parameters()]
-    optimizer = ParamTransformingOptimizer(params, Adam, lr=0.1, **chains)
-    grads = [None if param.grad is None else param.grad.clone() for param in params]
-    assert breaks(optimizer.step, 1) <= bare
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        assert grad is None or torch.equal(param.grad, grad * (2 if index == 0 else 1))  # type: ignore[arg-type]
+    def make(params: list[nn.Parameter]) -> ParamTransformingOptimizer:
+        models.append(nn.ParameterList(params))
+        return ParamTransformingOptimizer(params, Adam, lr=0.1, pre=gc.masked(gc.scale(2.0), "0"), model=models[-1])
+
+    models: list[nn.Module] = []
+    breaks, graphs = compare(make)
+    assert breaks <= compile_bare(Adam)[0]
+    assert graphs == 1
 
 
-@pytest.mark.parametrize("chains", CHAINS, ids=str)
-def test_breaks_where_the_inner_optimizer_does(chains: dict[str, Any]) -> None:
-    bare = breaks(Adam(make_params(), lr=0.1).step)
-    assert compare(lambda params: ParamTransformingOptimizer(params, Adam, lr=0.1, **chains)) <= bare
+# found: 24
+@pytest.mark.parametrize(("chains", "InnerOpt"), [*((chains, Adam) for chains in CHAINS), (CHAINS[1], SGD)], ids=str)
+def test_one_graph_as_of_the_inner_optimizer(chains: dict[str, Any], InnerOpt: Any) -> None:
+    breaks, graphs = compare(lambda params: ParamTransformingOptimizer(params, InnerOpt, lr=0.1, **chains))
+    assert breaks <= compile_bare(InnerOpt)[0]
+    assert graphs == compile_bare(InnerOpt)[1] == 1
+
+
+def test_what_is_read_on_the_host_runs_before_the_graph() -> None:
+    def spoil(optimizer: Optimizer, number: int) -> None:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad.fill_(torch.nan if number == 2 else 1 + number)
+
+    _, graphs = compare(
+        lambda params: ParamTransformingOptimizer(params, Adam, pre=gc.chain(gc.skip_nonfinite(), gc.scale(0.5))), spoil
+    )
+    assert graphs == 1
+
+
+def no_gradient(optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["params"][0].grad = None
+
+
+def another_gradient(optimizer: Optimizer) -> None:
+    first, *_, last = optimizer.param_groups[0]["params"]
+    first.grad, last.grad = torch.ones_like(first), None
+
+
+def another_layout(optimizer: Optimizer) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param).mT.contiguous().mT if param.ndim > 1 else param.grad
+
+
+def loaded(optimizer: Optimizer) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def hyperparameters(optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["clip_by_norm.max_norm"] *= 0.5
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.param_groups[0]["param_ndim"] = 0
+
+
+def another_group(optimizer: Optimizer) -> None:
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer.add_param_group({"params": [param], "param_ndim": None})
+
+
+def a_hook(optimizer: Optimizer) -> None:
+    optimizer.inner_opt.register_step_post_hook(lambda inner, args, kwargs: halve(inner))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def halve(optimizer: Optimizer) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.mul_(0.5)
+
+
+CHANGES = [
+    (no_gradient, another_gradient),
+    (another_layout, hyperparameters),
+    (loaded, another_group, a_hook),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_what_changes_between_steps_counts(changes: Sequence[Callable[[Optimizer], None]]) -> None:
+    compare(
+        lambda params: ParamTransformingOptimizer(
+            params, Adam, pre=gc.chain(gc.clip_by_norm(1.0), gc.ema(0.9)), post=gc.project_l2_ball(1.0), lr=0.1
+        ),
+        lambda optimizer, number: changes[number - 1](optimizer) if 1 <= number <= len(changes) else None,
+    )
+
+
+def test_a_compiled_step_with_a_closure() -> None:
+    def make(params: list[nn.Parameter]) -> ParamTransformingOptimizer:
+        return ParamTransformingOptimizer(params, SGD, pre=gc.ema(0.9), lr=0.1)
+
+    def closure(params: list[nn.Parameter]) -> Tensor:
+        for param in params:
+            param.grad = None
+        loss = sum((param.square().sum() for param in params), torch.zeros(()))
+        loss.backward()
+        return loss
+
+    expected, actual = make_params(), make_params()
+    step, compiled = make(expected).step, torch.compile(make(actual).step, backend="eager")
+    for _ in range(3):
+        assert_close(compiled(partial(closure, actual)), step(partial(closure, expected)))
+    assert_close(actual, expected)
+
+
+def test_a_compiled_step_that_fails_leaves_parameters_and_states() -> None:
+    def fail(tensor: Tensor, group: Group) -> Tensor:
+        if group["fails"]:
+            raise ValueError("no")
+        return tensor
+
+    params = make_params()
+    optimizer = ParamTransformingOptimizer(
+        params, SGD, pre=gc.ema(0.9), post=fail, param_ndim=None, lr=0.1, defaults={"fails": False}
+    )
+    step = torch.compile(optimizer.step, backend="eager")
+    step()
+    step()
+    before = copy.deepcopy([params, *optimizer.state.values()])
+    optimizer.param_groups[0]["fails"] = True
+    with pytest.raises(ValueError, match="no"):
+        step()
+    assert_close([params, *optimizer.state.values()], before)
 
 
 RULES = [
@@ -148,7 +274,6 @@ def test_a_compiled_function_of_ones_own() -> None:
     def halve(tensor: Tensor, group: Group) -> Tensor:
         return tensor / 2
 
-    compare(lambda params: ParamTransformingOptimizer(params, pre=lambda t, g: t / 2, lr=0.1))
     x = torch.tensor([1.0], requires_grad=True)
     x.sum().backward()
     ParamTransformingOptimizer([x], pre=halve, lr=1.0).step()
