@@ -180,7 +180,7 @@ def test_evaluations_in_one_step_of_lbfgs_see_the_same_noise() -> None:
 
     for step in range(1, 4):
         optim.step(closure)
-        assert leaves(optim.state_dict()["state"][0])["transforms.pre.0.step"] == step
+        assert leaves(optim.state_dict()["state"][0])["transforms.pre.add_noise.step"] == step
     assert seen
 
 
@@ -188,7 +188,7 @@ def test_evaluations_in_one_step_of_lbfgs_see_the_same_noise() -> None:
 def test_a_late_parameter_starts_its_own_count(InnerOpt: type[Optimizer]) -> None:
     training = Training(InnerOpt, pre=add_noise(0.1))
     training.go(range(5), late=3)
-    assert [int(state["transforms.pre.0.step"]) for state in training.states()] == [5, 2, 5]
+    assert [int(state["transforms.pre.add_noise.step"]) for state in training.states()] == [5, 2, 5]
 
 
 @pytest.mark.parametrize(
