@@ -681,9 +681,16 @@ def needs_dense(grad: Tensor) -> str:
 def _write(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     """Copy each result into its tensor. One that is a view of them, such as ``tensor.T``, must be read before."""
     pairs = [pair for pair in zip(tensors, results, strict=True) if pair[0] is not pair[1] and pair[0].numel()]
-    values = own({str(i): result for i, (_, result) in enumerate(pairs)}, *(tensor for tensor, _ in pairs))
-    for (tensor, _), value in zip(pairs, values.values(), strict=True):
+    if any(map(_can_be_view, results)):
+        values = own({str(i): result for i, (_, result) in enumerate(pairs)}, *(tensor for tensor, _ in pairs))
+        pairs = [(tensor, value) for (tensor, _), value in zip(pairs, values.values(), strict=True)]
+    for tensor, value in pairs:
         tensor.copy_(value)
+
+
+def _can_be_view(tensor: Tensor) -> bool:
+    # Inference tensors do not note it, and graphs cannot be asked.
+    return torch.compiler.is_compiling() or tensor._is_view() or tensor.is_inference()
 
 
 def own(state: State, *inputs: Tensor) -> State:
