@@ -146,7 +146,7 @@ def _check(
             context = {key: _context(sample, index) for index, key in enumerate(CONTEXT)}
             try:
                 with torch.random.fork_rng(devices=()):
-                    torch.manual_seed(0)
+                    torch.default_generator.manual_seed(0)
                     if law(transform, tensor, {**context, **group}):
                         break
             except Exception as error:
