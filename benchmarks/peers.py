@@ -79,27 +79,38 @@ def clamp(bound: float) -> Edit:
 
 def normalize(grads: list[Tensor]) -> None:
     """Divide each tensor by its norm."""
-    norms = torch._foreach_norm(grads)
-    torch._foreach_clamp_min_(norms, TINY)
-    torch._foreach_div_(grads, norms)
+    _divide_by_norms(grads, TINY)
 
 
 def clip_to_unit_norm(grads: list[Tensor]) -> None:
     """Divide each tensor by its norm where that is above 1."""
+    _divide_by_norms(grads, 1.0)
+
+
+def _divide_by_norms(grads: list[Tensor], smallest: float) -> None:
     norms = torch._foreach_norm(grads)
-    torch._foreach_clamp_min_(norms, 1.0)
+    torch._foreach_clamp_min_(norms, smallest)
     torch._foreach_div_(grads, norms)
 
 
 def normalize_rows(grads: list[Tensor]) -> None:
     """Divide each row, along the last dimension, by its norm."""
+    _divide_rows_by_norms(grads, TINY)
+
+
+def clip_rows_to_unit_norm(grads: list[Tensor]) -> None:
+    """Divide each row, along the last dimension, by its norm where that is above 1."""
+    _divide_rows_by_norms(grads, 1.0)
+
+
+def _divide_rows_by_norms(grads: list[Tensor], smallest: float) -> None:
     if _better_together(grads, 2**13):
         norms = [torch.linalg.vector_norm(grad, dim=-1, keepdim=True) for grad in grads]
-        torch._foreach_clamp_min_(norms, TINY)
+        torch._foreach_clamp_min_(norms, smallest)
         torch._foreach_div_(grads, norms)
     else:
         for grad in grads:
-            grad.div_(torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min_(TINY))
+            grad.div_(torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min_(smallest))
 
 
 def soft_sign(grads: list[Tensor]) -> None:
@@ -107,17 +118,6 @@ def soft_sign(grads: list[Tensor]) -> None:
     magnitudes = torch._foreach_abs(grads)
     torch._foreach_add_(magnitudes, 1)
     torch._foreach_div_(grads, magnitudes)
-
-
-def clip_rows_to_unit_norm(grads: list[Tensor]) -> None:
-    """Divide each row, along the last dimension, by its norm where that is above 1."""
-    if _better_together(grads, 2**13):
-        norms = [torch.linalg.vector_norm(grad, dim=-1, keepdim=True) for grad in grads]
-        torch._foreach_clamp_min_(norms, 1.0)
-        torch._foreach_div_(grads, norms)
-    else:
-        for grad in grads:
-            grad.div_(torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min_(1.0))
 
 
 def sign_momentum(decay: float) -> Callable[[], Edit]:
