@@ -322,7 +322,7 @@ class Stacked(Block):
             buffer = first.new_empty((len(tensors), *first.shape))
             self.buffers[key] = buffer, buffer.unbind()
         buffer, views = self.buffers[key]
-        return torch.stack(tuple(tensors), out=buffer), views
+        return torch.stack(tensors, out=buffer), views
 
 
 def _is_of_each(name: str) -> bool:

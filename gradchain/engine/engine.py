@@ -156,7 +156,7 @@ class Engine:
                 "transforms are around the optimizer",
                 stacklevel=4,
             )
-        self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
+        self._share_loaded()
 
     def synced_states(self) -> TransformStates:
         """The states, as others have left them in the inner optimizer."""
@@ -251,8 +251,12 @@ class Engine:
         """Go on with states that were loaded, after the inner optimizer has loaded its own."""
         self.reset(states)
         self.begin()
+        self._share_loaded()
+
+    def _share_loaded(self) -> None:
+        """Put the states beside those that the inner optimizer has."""
         inner_opt = self.owner.inner_opt
-        states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
+        self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""

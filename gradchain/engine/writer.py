@@ -212,8 +212,8 @@ class Writer:
                 return position
         return None
 
-    def _spare(self, index: int, call: Call) -> str | None:
-        """The name of an input whose memory is free for the result."""
+    def _spare(self, index: int, call: Call) -> int | None:
+        """An input whose memory is free for the result."""
         for home in self.homes:
             if (
                 home in self.unwritten
@@ -223,11 +223,12 @@ class Writer:
                 and call.is_pointwise
                 and all(self.memory[n] != home or (self.single and n == home) for n in call.references())
             ):
-                return self.names[home]
+                return home
         return None
 
-    def _take(self, result: int, text: str, memory: int) -> None:
-        self.kinds[result], self.names[result], self.memory[result] = Kind.EACH, text, self.memory[memory]
+    def _take(self, result: int, value: int) -> None:
+        """Let ``result`` be where ``value`` was."""
+        self.kinds[result], self.names[result], self.memory[result] = Kind.EACH, self.names[value], self.memory[value]
 
     def _use_reciprocal(self, index: int, call: Call, name: str, texts: list[str], kind: Kind) -> str:
         """Make a quotient a product where that is faster; the name of the operation."""
@@ -257,16 +258,15 @@ class Writer:
             in_place = f"{texts[position]}.{name}_({', '.join(others)})"
             has_none = name in ("maximum", "minimum")  # of which torch has no form in place
             self.lines.append(f"torch.{name}({', '.join(texts)}, out={texts[position]})" if has_none else in_place)
-            self._take(result, texts[position], call.args[position].number)
+            self._take(result, call.args[position].number)
             return
         self.kinds[result] = kind
         if has_method:
             given = [*texts, *(f"{key}={text}" for key, (text, _) in options.items())]
             spare = self._spare(index, call) if kind is Kind.EACH else None
             if spare is not None:
-                self.lines.append(f"torch.{name}({', '.join([*given, f'out={spare}'])})")
-                home = next(n for n in self.homes if self.names[n] == spare)
-                self._take(result, spare, home)
+                self.lines.append(f"torch.{name}({', '.join([*given, f'out={self.names[spare]}'])})")
+                self._take(result, spare)
                 return
             self.names[result] = self._new_name(name)
             self.lines.append(f"{self.names[result]} = torch.{name}({', '.join(given)})")
@@ -292,14 +292,15 @@ class Writer:
             if position is not None and (position == 0 or (name in COMMUTATIVE and not options)):
                 given = [texts[position], *(text for place, text in enumerate(texts) if place != position), *extra]
                 self.lines.append(f"torch._foreach_{name}_({', '.join(given)})")
-                self._take(result, texts[position], call.args[position].number)
+                self._take(result, call.args[position].number)
                 return
             if first_is_list:
                 spare = self._spare(index, call)
                 if spare is not None:
-                    self.lines.append(f"torch._foreach_copy_({spare}, {texts[0]})")
-                    self.lines.append(f"torch._foreach_{name}_({', '.join([spare, *texts[1:], *extra])})")
-                    self._take(result, spare, next(n for n in self.homes if self.names[n] == spare))
+                    given = [self.names[spare], *texts[1:], *extra]
+                    self.lines.append(f"torch._foreach_copy_({self.names[spare]}, {texts[0]})")
+                    self.lines.append(f"torch._foreach_{name}_({', '.join(given)})")
+                    self._take(result, spare)
                     return
                 self.kinds[result], self.names[result] = Kind.EACH, self._new_name(name)
                 self.lines.append(f"{self.names[result]} = torch._foreach_{name}({', '.join([*texts, *extra])})")
@@ -309,9 +310,9 @@ class Writer:
         elif name == "norm" and first_is_list and self._shape(result) == () and not options and len(arguments) <= 2:
             function = "norms" if self._has_long_norms(index) else "torch._foreach_norm"
             self._assign(call, f"{function}({', '.join(texts)})", Kind.EACH)
-        elif name == "zeros_like" and (spare := self._spare_for_zeros(index, call)):
-            self.lines.append(f"torch._foreach_zero_({spare})")
-            self._take(result, spare, next(n for n in self.homes if self.names[n] == spare))
+        elif name == "zeros_like" and (spare := self._spare_for_zeros(index, call)) is not None:
+            self.lines.append(f"torch._foreach_zero_({self.names[spare]})")
+            self._take(result, spare)
         else:
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
@@ -320,9 +321,9 @@ class Writer:
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
         return not shared or (name in ("add", "mul", "div") and all(self._shape(leaf.number) == () for leaf in shared))
 
-    def _spare_for_zeros(self, index: int, call: Call) -> str | None:
+    def _spare_for_zeros(self, index: int, call: Call) -> int | None:
         homes = [n for n, value in self.unwritten.items() if value == call.results[0]]
-        return next((self.names[n] for n in homes if self._is_dead(n, index)), None)
+        return next((n for n in homes if self._is_dead(n, index)), None)
 
     def _write_clamp(self, index: int, call: Call, texts: list[str]) -> None:
         result, target = call.results[0], call.args[0].number
