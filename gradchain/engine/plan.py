@@ -249,7 +249,7 @@ class SlotPlans:
             and self.param_table is param_table
             and self.grad_forms.are_of(grads)
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
-            and all(map(_is_unchanged, self.known_values, self.group_values()))
+            and all(map(is_same_value, self.known_values, self.group_values()))
             and all(plan.holds() for plan in self.of.values())
         )
 
@@ -263,10 +263,6 @@ class SlotPlans:
     def group_values(self) -> list[Any]:
         """The values in the groups that all plans depend on."""
         return [group.get(key) for group in self.param_table.groups for key in ("param_names", "differentiable")]
-
-
-def _is_unchanged(old: Any, new: Any) -> bool:
-    return old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and bool(old == new))
 
 
 def _is_lazy(grad: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._sharding import local_part
-from gradchain.contract import Group, compute_dtype, show
+from gradchain.contract import Group, compute_dtype, is_same, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
 from gradchain.stage import Combinator, Part, Stage
@@ -294,7 +294,7 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
 
 def _has(group: Group, key: str, value: Any) -> bool:
     now = group.get(key, ABSENT)
-    return is_same_value(kind_of(now) if type(value) is Kind else now, value)
+    return kind_of(now) == value if type(value) is Kind else is_same_value(now, value)
 
 
 def form_of(value: Any) -> Any:
@@ -323,4 +323,4 @@ def _line_of(error: Exception) -> str:
 
 def is_same_value(a: Any, b: Any) -> bool:
     """Whether two values of a group are the same."""
-    return a is b or (type(a) is type(b) and bool(a == b))
+    return a is b or (type(a) is type(b) and is_same(a, b))

@@ -246,3 +246,14 @@ def test_sparse_gradient_that_is_asked_for() -> None:
         TypeError, match=where + r"stage 0, .*transforms need a dense gradient, got the layout torch.sparse_coo"
     ):
         optim.step()
+
+
+def test_a_function_of_the_group_may_read_a_tensor_that_is_replaced() -> None:
+    x = nn.Parameter(torch.ones(2))
+    groups = [{"params": [x], "switch": torch.tensor([True, True])}]
+    optimizer = ParamTransformingOptimizer(groups, pre=masked(scale(2.0), lambda group: bool(group["switch"].all())))
+    for switch, expected in (([True, True], 2.0), ([False, True], 1.0), ([True, True], 2.0)):
+        optimizer.param_groups[0]["switch"] = torch.tensor(switch)
+        x.grad = torch.ones(2)
+        optimizer.step()
+        assert_close(x.grad, torch.full((2,), expected))
