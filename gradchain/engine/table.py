@@ -49,6 +49,9 @@ NUMBERS = {
 }
 """Operations on plain numbers, such as a hyperparameter, which Python does."""
 
+TAKES_SCALARS = frozenset({"add", "mul", "div"})
+"""Operations that ``torch._foreach_*`` has with one tensor without dimensions for the whole list, too."""
+
 TAKES_NUMBERS = frozenset({"where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_or", "bitwise_and"})
 """Functions of torch that take a number in place of a tensor, unlike the operation of the same name."""
 
@@ -67,6 +70,12 @@ def divide(a: Any, b: Any) -> Any:
 def power(a: Any, b: Any) -> Any:
     """``a ** b``, NaN where it is no real number, as torch does it."""
     return _as_torch_does(math.pow, a, b)
+
+
+def scalar(number: Any, dtype: torch.dtype) -> Any:
+    """``number`` as a tensor: given a number, ``torch._foreach_*`` makes a tensor of it for each tensor of a list."""
+    # To a compiler both are the same, but it would fix a number that changes.
+    return number if torch.compiler.is_compiling() else torch.tensor(number, dtype=dtype)
 
 
 def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:

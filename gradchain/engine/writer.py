@@ -19,10 +19,12 @@ from gradchain.engine.table import (
     NUMBERS,
     RENAMED,
     TAKES_NUMBERS,
+    TAKES_SCALARS,
     VIEWS,
     WORTH_A_RECIPROCAL,
     divide,
     power,
+    scalar,
 )
 from gradchain.engine.trace import CONSTANT, DEVICE, TENSOR, Call, Ref, Trace
 
@@ -70,7 +72,7 @@ class Writer:
         self.lines: list[str] = []
         self.functions = SimpleNamespace()
         constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
-        constants |= {"divide": divide, "power": power}
+        constants |= {"divide": divide, "power": power, "scalar": scalar}
         self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
         self.differing: list[Callable[[Trace], Any]] = []
         inputs = self.trace.inputs
@@ -285,6 +287,9 @@ class Writer:
             if changed != name:
                 name = changed
                 texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
+            dtype = self.trace.forms[call.args[0].number][1]
+            if name in TAKES_SCALARS and arguments[1][1] is Kind.NUMBER and self._is_fast_with_scalars(dtype):
+                texts[1] = f"scalar({texts[1]}, {dtype})"
         first_is_list = arguments[0][1] is Kind.EACH
         extra = [f"{key}={text}" for key, (text, _) in options.items()] if set(options) <= {"alpha", "value"} else None
         if name in FOREACH and extra is not None and self._fits_list(call, name, arguments):
@@ -316,10 +321,14 @@ class Writer:
         else:
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
+    def _is_fast_with_scalars(self, dtype: torch.dtype) -> bool:
+        """Whether a scalar of the dtype of a list is the same to torch as a number, and faster."""
+        return self.globals["device"].type == "cpu" and dtype in (torch.float32, torch.float64)
+
     def _fits_list(self, call: Call, name: str, arguments: list[tuple[str, Kind]]) -> bool:
         """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
-        return not shared or (name in ("add", "mul", "div") and all(self._shape(leaf.number) == () for leaf in shared))
+        return not shared or (name in TAKES_SCALARS and all(self._shape(leaf.number) == () for leaf in shared))
 
     def _spare_for_zeros(self, index: int, call: Call) -> int | None:
         homes = [n for n, value in self.unwritten.items() if value == call.results[0]]
