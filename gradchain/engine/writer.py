@@ -162,6 +162,8 @@ class Writer:
             return "device"
         if value is None or isinstance(value, int | float | str):
             return repr(value)
+        if isinstance(value, complex):
+            return f"complex({value.real!r}, {value.imag!r})"
         if isinstance(value, tuple) and not any(isinstance(each, Ref) for each in value):
             return f"[{', '.join(map(self._literal, value))}]"
         if isinstance(value, tuple):
@@ -287,9 +289,8 @@ class Writer:
             if changed != name:
                 name = changed
                 texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
-            dtype = self.trace.forms[call.args[0].number][1]
-            if name in TAKES_SCALARS and arguments[1][1] is Kind.NUMBER and self._is_fast_with_scalars(dtype):
-                texts[1] = f"scalar({texts[1]}, {dtype})"
+            if name in TAKES_SCALARS and arguments[1][1] is Kind.NUMBER and self._is_fast_with_scalars(call):
+                texts[1] = f"scalar({texts[1]}, {self.trace.forms[result][1]})"
         first_is_list = arguments[0][1] is Kind.EACH
         extra = [f"{key}={text}" for key, (text, _) in options.items()] if set(options) <= {"alpha", "value"} else None
         if name in FOREACH and extra is not None and self._fits_list(call, name, arguments):
@@ -321,9 +322,10 @@ class Writer:
         else:
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
-    def _is_fast_with_scalars(self, dtype: torch.dtype) -> bool:
+    def _is_fast_with_scalars(self, call: Call) -> bool:
         """Whether a scalar of the dtype of a list is the same to torch as a number, and faster."""
-        return self.globals["device"].type == "cpu" and dtype in (torch.float32, torch.float64)
+        dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
+        return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
     def _fits_list(self, call: Call, name: str, arguments: list[tuple[str, Kind]]) -> bool:
         """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""

@@ -257,3 +257,13 @@ def test_a_function_of_the_group_may_read_a_tensor_that_is_replaced() -> None:
         x.grad = torch.ones(2)
         optimizer.step()
         assert_close(x.grad, torch.full((2,), expected))
+
+
+def test_a_function_may_compute_with_complex_numbers() -> None:
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    optimizer = wrapped(params, pre=lambda tensor, group: (tensor * complex(1, 2)).imag)
+    for param in params:
+        set_grad(param, 2.0)
+    optimizer.step()
+    for param in params:
+        assert_close(param.grad, torch.full((3,), 4.0))
