@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.sides import MakeSide, Ours, adam
+from benchmarks.sides import MakeSide, Ours, adam, as_one
 from benchmarks.workloads import (
     ALL,
+    GPT2,
     LARGE_BATCH,
     MANY,
     MODELS,
     RESNET,
     SMALL_BATCH,
+    SOME,
     Workload,
     alike,
     one_of_megabytes,
@@ -71,6 +73,7 @@ def timed(device: str) -> Iterator[Case]:
         yield Case("no chain", workload, Ours(), "bare step", peers.bare(), 1.03)
     yield from _elementwise(device)
     yield from _norms()
+    yield from _several()
     yield from _own_functions()
     yield from _rai_toolbox()
     yield from _growth([alike(count, 16, 16) for count in (500, 1000, 2000, 4000)], {"4000 of 16x16": 2.1})
@@ -123,6 +126,12 @@ def _norms() -> Iterator[Case]:
         yield Case(
             "clip_by_global_norm(1), Adam", workload, ours, "clip_grad_norm_ + step", peers.clip_grad_norm(), 1.02
         )
+
+
+def _several() -> Iterator[Case]:
+    for workload in (SOME, GPT2):
+        theirs = peers.clip_grad_norm_of_two
+        yield Case("Muon and AdamW as one, global norm", workload, as_one, "clip_grad_norm_, both", theirs, 1.03)
 
 
 def soft_sign(tensor: Tensor, group: Group) -> Tensor:
