@@ -9,6 +9,7 @@ from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.adapters.scheduler import schedule
 from gradchain.broadcast import broadcast, to_batch
 from gradchain.chain import chain
+from gradchain.config import from_config, to_config
 from gradchain.contract import FROM_GROUP, Group, State, Transform
 from gradchain.explain import Explanation, explain
 from gradchain.masked import freeze, masked, partition
@@ -83,6 +84,7 @@ __all__ = [
     "extrapolate",
     "frank_wolfe",
     "freeze",
+    "from_config",
     "init_state",
     "keep_top_q",
     "lmo_l1",
@@ -117,6 +119,7 @@ __all__ = [
     "standardize",
     "step_in_backward",
     "to_batch",
+    "to_config",
     "trace",
     "transform",
     "trust_ratio",

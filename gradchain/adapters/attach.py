@@ -127,7 +127,7 @@ def attach(
     known = sorted((defaults or {}).keys() & (optimizer.defaults.keys() - hooks.defaults.keys() | {"params"}))
     if known:
         raise ValueError(f"defaults has the keys {known} of {type(optimizer).__name__}; set them in its param groups")
-    attached = Attached(hooks, chains, own_defaults)
+    attached = Attached(hooks, chains, own_defaults, defaults or {})
     hooks.add(attached, numbered, model)
     return attached
 
@@ -139,12 +139,15 @@ class Attached:
         defaults: The keys that joined the param groups, with the values for those that lacked them.
     """
 
-    def __init__(self, hooks: _Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, hooks: _Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> None:
         self._hooks = Weak(hooks)
         self._optimizer = Weak(hooks.inner_opt)
         self._name = type(hooks.inner_opt).__name__
         self._chains = dict(chains)
         self.defaults = dict(defaults)
+        self._given = dict(given)
 
     @property
     def pre(self) -> Chain:
