@@ -1,6 +1,6 @@
 """Pure, composable transforms of gradients, updates and parameters around any ``torch.optim`` step."""
 
-import torch as torch  # which reprs name
+import torch as torch  # for reprs, which name it
 
 from gradchain.adapters.attach import Attached, attach
 from gradchain.adapters.functional import apply, init_state

@@ -56,7 +56,7 @@ def is_wide(group: Group) -> bool:
     return bool(group["param"].ndim > 1)
 
 
-class MaskedOptimizer(ParamTransformingOptimizer):
+class OwnOptimizer(ParamTransformingOptimizer):
     """An optimizer of one's own, as it can be written."""
 
 
@@ -213,10 +213,10 @@ def test_optimizers_return() -> None:
 
 
 def test_optimizers_write_their_chains_as_they_are_now() -> None:
-    optimizer = MaskedOptimizer(model().parameters(), pre=clip_by_norm(1.0), lr=0.1, momentum=0.9)
+    optimizer = OwnOptimizer(model().parameters(), pre=clip_by_norm(1.0), lr=0.1, momentum=0.9)
     optimizer.pre = chain(scale(2.0), scale(3.0))
     assert to_config(optimizer) == {
-        "_target_": f"{__name__}.MaskedOptimizer",
+        "_target_": f"{__name__}.OwnOptimizer",
         "InnerOpt": {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.1, "momentum": 0.9},
         "pre": to_config(chain(scale(2.0), scale(3.0))),
     }
