@@ -244,7 +244,7 @@ def test_prints_as_a_table() -> None:
 def test_long_stages_print_on_one_line() -> None:
     text = repr(explain(project_halfspace(torch.ones(6, 6), 1.0), torch.ones(6, 6)))
     assert len(text.splitlines()) == 3
-    assert "  project_halfspace(a=tensor([[1., 1., 1., 1., 1., …" in text
+    assert "  project_halfspace(a=torch.tensor([[1.0, 1.0, 1.0,…" in text
 
 
 def test_is_a_value() -> None:

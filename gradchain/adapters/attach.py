@@ -107,7 +107,7 @@ def attach(
     chains = make_chains(pre=pre, update=update, post=post)
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
     joining = own_defaults(numbered, hooks.inner_opt, hooks.defaults, defaults, param_ndim=param_ndim)
-    attached = Attached(hooks, chains, joining)
+    attached = Attached(hooks, chains, joining, defaults or {})
     hooks.add(attached, numbered, model)
     return attached
 
@@ -119,12 +119,15 @@ class Attached:
         defaults: The keys that joined the param groups, with the values for those that lacked them.
     """
 
-    def __init__(self, hooks: Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, hooks: Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> None:
         self._hooks = Weak(hooks)
         self._optimizers = hooks.optimizers
         self._name = _show(hooks.optimizers)
         self._chains = dict(chains)
         self.defaults = dict(defaults)
+        self._given = dict(given)
 
     @property
     def pre(self) -> Chain:

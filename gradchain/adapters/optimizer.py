@@ -154,6 +154,7 @@ class ParamTransformingOptimizer(Optimizer):
     update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
+    _overrides: Mapping[Key, Mapping[str, Any]] | None
     _engine: Engine
     _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
@@ -204,6 +205,7 @@ class ParamTransformingOptimizer(Optimizer):
         attributes = {
             "inner_opt": inner_opt,
             "_own_defaults": joining,
+            "_overrides": groups,
             "_states": TransformStates(),
             "_numbered": (chains, numbered),
             "_names": names,
