@@ -37,7 +37,7 @@ from gradchain.engine.inner import InnerOptimizers, make_inner
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach, check_setup
-from gradchain.engine.select import Key, Params
+from gradchain.engine.select import Params
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
@@ -154,7 +154,7 @@ class ParamTransformingOptimizer(Optimizer):
     update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
-    _overrides: Mapping[Key, Mapping[str, Any]] | None
+    _overrides: Mapping[Any, Mapping[str, Any]] | None
     _engine: Engine
     _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
@@ -170,7 +170,7 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: float = 1.0,
         grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
-        groups: Mapping[Key, Mapping[str, Any]] | None = None,
+        groups: Mapping[Any, Mapping[str, Any]] | None = None,
         model: nn.Module | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
