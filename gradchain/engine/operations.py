@@ -297,7 +297,7 @@ class Measure(Operation):
 
 
 class Jointly(Operation):
-    """A stage that measures all tensors somewhere inside of it, and so runs on all of them at once, as it is."""
+    """A stage that gets all tensors at once, as it is, since it measures them or looks at them."""
 
     def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
@@ -305,15 +305,22 @@ class Jointly(Operation):
         super().__init__(slot, [part._replace(numbers=numbers)], items)
         self.part = part
         self.skips = bool(part.stage.skip_keys)
+        self.cannot_raise = part.stage.is_identity
+        self.runs = 0
 
     def run(self, work: Pass) -> None:
+        if self.part.stage.every > 1 and not torch.compiler.is_compiling():
+            self.runs += 1
+            if self.runs % self.part.stage.every != 1:
+                return
+        see = (lambda value: value) if self.part.stage.is_identity else gather
         tensors, groups, states = [], [], []
         for number in self.numbers:
             item = self.items[number]
             given, form = work.tensors[number], local(item.example)
-            tensors.append(gather(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
+            tensors.append(see(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
             keys = item.context if item.is_transformed else ()
-            context = {key: gather(work.context[key][number]).detach() for key in keys}
+            context = {key: see(work.context[key][number]).detach() for key in keys}
             # Masks in it read the parameter in ``post`` too, and that of what takes no part.
             param = tensors[-1] if item.is_transformed else item.param.detach()
             groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
@@ -323,9 +330,13 @@ class Jointly(Operation):
         except Exception as error:
             located(error, self.slot, self.part)
             raise
-        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
         olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
-        pairs = [(old, without_aliases(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
+        if self.part.stage.is_identity:
+            work.commits.append(partial(_put_all, olds, new_states))
+            return
+        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
+        storages = storages_of(inputs)
+        pairs = [(old, without_storages(new, storages)) for old, new in zip(olds, new_states, strict=True)]
         self.raise_if_skipped(self.part.stage, pairs)
         work.commits += [partial(put_states, old, new) for old, new in pairs]
         for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
@@ -334,10 +345,11 @@ class Jointly(Operation):
 
     @property
     def how(self) -> str:
-        return "as it is: measures all together"
+        return f"as it is: {'looks at' if self.part.stage.is_identity else 'measures'} all together"
 
     def describe(self) -> str:
-        return f"as it is, {count(self.numbers)} together: measures them"
+        does = "looks at" if self.part.stage.is_identity else "measures"
+        return f"as it is, {count(self.numbers)} together: {does} them"
 
 
 def count(numbers: Sequence[int]) -> str:
@@ -348,6 +360,12 @@ def count(numbers: Sequence[int]) -> str:
 def put(result: Tensor, tensor: Any) -> None:
     """Write ``result`` into ``tensor``, each process its part of it."""
     tensor.copy_(distribute_like(result, tensor) if is_distributed(tensor) else result)
+
+
+def _put_all(olds: Sequence[State], news: Sequence[State]) -> None:
+    """Write new states, which are plain tensors, into the tensors of the old ones."""
+    pairs = [(old[key], new[key]) for old, new in zip(olds, news, strict=True) for key in new]
+    torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def put_states(old: State, new: State, *, gathered: bool = True) -> None:
@@ -361,7 +379,16 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 def without_aliases(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
-    storages = set(map(_storage, inputs)) - {None}
+    return without_storages(state, storages_of(inputs))
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
+    """The addresses of the memory of ``tensors``."""
+    return set(map(_storage, tensors)) - {None}
+
+
+def without_storages(state: State, storages: set[int | None]) -> State:
+    """``state``, without sharing one of ``storages``."""
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
 
 

@@ -140,7 +140,7 @@ class Plan:
                     raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
-            if part.stage.measures:
+            if part.stage.measures or not part.stage.acts_on_each:
                 yield from self._programs(stretch, views)
                 stretch = []
                 if not part.stage.acts_on_each:
