@@ -35,6 +35,7 @@ from gradchain.engine.groups import (
 )
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
+from gradchain.engine.signals import make_signals
 from gradchain.engine.states import KEY, SLOTS, ParamEntry, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
@@ -190,6 +191,19 @@ class Attached:
             raise RuntimeError(f"{self!r} is removed, so there is nothing to explain; call explain() before remove()")
         hooks = self._hooks()
         return explain_step(hooks.engine, hooks.defaults)
+
+    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
+        """What ``monitor``, clips and skips have seen, of all that is attached; see ``ParamTransformingOptimizer``."""
+        if not self._hooks.exists:
+            raise RuntimeError(f"{self!r} is removed, so there are no metrics; call metrics() before remove()")
+        return read_metrics(self._hooks().engine, per_parameter=per_parameter)
+
+    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
+        """Give transforms values for the next step, such as the loss; see ``ParamTransformingOptimizer.signal``."""
+        if not self._hooks.exists:
+            raise RuntimeError(f"{self!r} is removed, so there is nothing to signal to; call signal() before remove()")
+        hooks = self._hooks()
+        hooks.engine.signals |= make_signals(values, hooks.param_groups, reduce)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
-from gradchain.contract import CONTEXT, PLACE, Group, State, locate
+from gradchain.contract import ACTED, CONTEXT, PLACE, Group, State, locate
 from gradchain.engine.trace import META, without_data
-from gradchain.engine.traced import Traced, dependencies, seen_by
-from gradchain.stage import Part, Stage
+from gradchain.engine.traced import Traced, count_units, dependencies, seen_by
+from gradchain.stage import Part, Stage, below
+
+COUNTED = ("acted", "units")
+"""What a stage counts."""
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
@@ -41,11 +44,28 @@ class SlotTensor(NamedTuple):
     """Whether its states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
+    signals: Mapping[str, Tensor] = {}  # noqa: RUF012 # a NamedTuple has no other defaults
+    """The values from outside for this step, always in the same dict."""
+    counts: State | None = None
+    """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
 
     @property
     def full_group(self) -> Group:
-        """The group, with the keys of the parameter."""
-        return self.group | self.own_keys
+        """The group, with the keys of the parameter and the signals."""
+        return {**self.group, **self.own_keys, **self.signals}
+
+    def value(self, key: str) -> Any:
+        """The value of ``key``, of the group or a signal."""
+        return self.group[key] if key in self.group else self.signals[key]
+
+    def counts_of(self, part: Part) -> State:
+        """What ``part`` counts, if it is asked to: how many of its units it acted on, and how many there were."""
+        if self.counts is None or not part.stage.counts:
+            return {}
+        for key in COUNTED:
+            zero = torch.zeros((), dtype=torch.int64, device=self.param.device)
+            self.counts.setdefault(part.path + key, zero)
+        return below(self.counts, part.path)
 
     def of_shape(self, shape: tuple[int, ...]) -> SlotTensor:
         """The same with plain tensors without data, those like ``example`` of another shape."""
@@ -197,7 +217,10 @@ class AsItIs(Operation):
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
         group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
-        result, new_state = part.stage.act(tensor, group, state)
+        counts = item.counts_of(part)
+        result, new_state = part.stage.act(tensor, group | {ACTED: True} if counts else group, state)
+        if counts:
+            put_states(counts, count_units(counts, new_state))
         if states:
             owned = without_aliases(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
@@ -267,7 +290,7 @@ class Measure(Operation):
         tensors = [whole_without_data(self.items[i].example) for i in self.acting]
         state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
-            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
         except Exception:  # it needs the data, so what comes after it runs as it is
             return False
         self.view.update(view)
@@ -279,7 +302,7 @@ class Measure(Operation):
         old = self.states[0] if self.states else {}
         state = {key: see(value) for key, value in old.items()}
         try:
-            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
         except Exception as error:
             located(error, self.slot, self.part)
             raise
