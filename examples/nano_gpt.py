@@ -14,6 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from gradchain import ParamTransformingOptimizer, from_config
 TEXT = "\n".join(topics[key] for key in sorted(topics))[:200_000]
 LETTERS = sorted(set(TEXT))
 TOKENS = torch.tensor([LETTERS.index(letter) for letter in TEXT])
-WIDTH, HEADS, CONTEXT, BATCH, STEPS = 64, 4, 64, 16, 40
+WIDTH, HEADS, CONTEXT, BATCH, STEPS = 64, 4, 64, 16, 24
 CONFIG = Path(__file__).with_name("nano_gpt.yaml")
 
 
@@ -112,19 +113,26 @@ class Run:
 
     def save(self, folder: str) -> None:
         """Save all that the run goes on from."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        states = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
-        checkpoint.save(states, checkpoint_id=folder)  # type: ignore[attr-defined]
+        if dist.is_initialized():
+            checkpoint.save(self._states(), checkpoint_id=folder)  # type: ignore[attr-defined]
+        else:
+            torch.save(self._states(), f"{folder}/states.pt")
 
     def load(self, folder: str) -> None:
         """Go on from there."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        states = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
-        checkpoint.load(states, checkpoint_id=folder)  # type: ignore[attr-defined]
+        if dist.is_initialized():
+            states = self._states()
+            checkpoint.load(states, checkpoint_id=folder)  # type: ignore[attr-defined]
+        else:
+            states = torch.load(f"{folder}/states.pt")
         set_state_dict(
             self.model, self.optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
         )
         self.scheduler.load_state_dict(states["scheduler"])
+
+    def _states(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def fit(config: Path, *, stop: int = STEPS, checkpoint: str | None = None) -> tu
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(range(STEPS), batch_size=None), ckpt_path=checkpoint)
+    trainer.fit(module, DataLoader([0] * STEPS, batch_size=None), ckpt_path=checkpoint)
     return trainer, module.losses
 
 

@@ -22,6 +22,7 @@ from gradchain.transforms.geometry import reject_from_param
 from gradchain.transforms.global_norm import clip_by_global_norm, normalize_by_global_norm
 from gradchain.transforms.history import clip_by_history, clip_by_zscore
 from gradchain.transforms.lmo import frank_wolfe, lmo_l1, lmo_l2, lmo_linf
+from gradchain.transforms.monitor import monitor
 from gradchain.transforms.noise import add_noise, dropout
 from gradchain.transforms.normalize import centralize, normalize, standardize
 from gradchain.transforms.project import (
@@ -92,6 +93,7 @@ __all__ = [
     "lmo_linf",
     "lookahead",
     "masked",
+    "monitor",
     "normalize",
     "normalize_by_global_norm",
     "param_ema",

@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from gradchain._ranges import as_number, validate
 from gradchain.contract import (
+    ACTED,
     CONTEXT,
     FROM_GROUP,
     GIVEN,
@@ -31,6 +32,7 @@ from gradchain.contract import (
     is_same,
     is_state,
     locate,
+    notes,
     show,
     show_value,
     widen,
@@ -48,6 +50,7 @@ class TransformFactory(Protocol[P]):
     """What ``@transform`` makes of a function: called with the hyperparameters, it returns the transform."""
 
     __name__: str
+    definition: Definition
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
 
@@ -112,6 +115,20 @@ class BoundTransform(Each):
     def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """The key of its state that says whether to call the step off."""
         return () if self.definition.skip is None else (self.definition.skip,)
+
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        """Whether it was declared to be ``counted``."""
+        return self.definition.counts
+
+    @property
+    def reports(self) -> tuple[str, ...]:  # type: ignore[override]
+        """How often a transform skips."""
+        return () if self.definition.skip is None else ("in_a_row", "total")
+
+    def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
+        """The counters, which are the same for all parameters."""
+        return dict(states[0])
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """What its state has under the key that was declared for it."""
@@ -226,10 +243,11 @@ class BoundTransform(Each):
         """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
         if self.definition.measure is None:
             return {}, state
+        arguments = {**self._read(group), "group": group} if self.definition.measures_group else self._read(group)
         if not self.shares_state:
-            return self.definition.measure(tensors, **self._read(group)), state
+            return self.definition.measure(tensors, **arguments), state
         with self._explaining_keys_of(state):
-            view, new_state = self.definition.measure(tensors, state, **self._read(group))
+            view, new_state = self.definition.measure(tensors, state, **arguments)
         return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -250,7 +268,11 @@ class BoundTransform(Each):
             new_state = result[1]
             return cast("Tensor", result[0])
 
-        return call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
+        if not (self.counts and group.get(ACTED)):
+            return call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
+        with notes() as noted:
+            result = call_checked(self, call, wide, wide_group).to(tensor.dtype)
+        return result, {**new_state, ACTED: noted[0]}
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
@@ -335,6 +357,12 @@ class BoundTransform(Each):
 del BoundTransform.__dataclass_fields__
 
 
+def counted(factory: TransformFactory[P]) -> TransformFactory[P]:
+    """Declare that the function calls ``note_acting``."""
+    factory.definition.counts = True
+    return factory
+
+
 def _rebuild(factory: Any, arguments: dict[str, Any], *names: Any) -> BoundTransform:
     return BoundTransform(factory.definition, arguments, *names)
 
@@ -382,6 +410,8 @@ class Definition:
         self.measures_shards = measures_shards
         self.average = average
         self.skip = skip
+        self.measures_group = measure is not None and "group" in inspect.signature(measure).parameters
+        self.counts = False
         self.name = function.__name__
         self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
         self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)

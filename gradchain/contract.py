@@ -7,7 +7,8 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import (
     Any,
     Protocol,
@@ -48,6 +49,10 @@ class FromGroup(enum.Enum):
 
 FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
+
+
+ACTED = "gradchain.acted"
+"""The key by which a group asks for, and a state then tells, whether a transform has acted on a unit."""
 
 
 PLACE = "gradchain.place"
@@ -140,7 +145,10 @@ def call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, grou
         if not isinstance(key, str) or key in group:
             raise
         if key not in CONTEXT:
-            error.args = (f"{show(owner)}: {key!r}; the group has no such key, defaults={{{key!r}: ...}} would set it",)
+            error.args = (
+                f"{show(owner)}: {key!r}; the group has no such key. defaults={{{key!r}: ...}} would set it, and, for the "
+                f"next step alone, optimizer.signal({key}=...)",
+            )
             raise
         absent = "; in post, a parameter without a gradient has none, which group.get tells" if key == "grad" else ""
         raise ValueError(
@@ -172,6 +180,26 @@ def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) 
             raise ValueError(
                 f"{show(owner)} wrote to {name}; return a new tensor instead (mul for mul_, clamp for clamp_)"
             )
+
+
+_NOTES: list[list[Tensor]] = []
+"""What transforms that are asked for it have noted, from the outermost call to the innermost."""
+
+
+def note_acting(flag: Tensor) -> None:
+    """Say, from within a transform, whether it acts on the unit that it was called with."""
+    if _NOTES:
+        _NOTES[-1].append(flag.detach())
+
+
+@contextmanager
+def notes() -> Iterator[list[Tensor]]:
+    """Within the ``with`` block, what ``note_acting`` notes."""
+    _NOTES.append([])
+    try:
+        yield _NOTES[-1]
+    finally:
+        _NOTES.pop()
 
 
 def is_state(value: object) -> bool:

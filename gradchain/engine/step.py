@@ -149,12 +149,14 @@ class Step:
     def commit(self) -> None:
         """Keep the new states, and show them to the inner optimizer."""
         self.keep_states()
+        self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()
         self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the parameters back the values that they had, where they can have moved."""
+        """Give the parameters back the values that they had, where they can have moved; signals were for this step."""
+        self.engine.signals.clear()
         for param, value in zip(self.param_table.params, self.before, strict=False):
             param.copy_(value)
 

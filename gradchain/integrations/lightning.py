@@ -34,12 +34,8 @@ class AttachTransforms(_lightning.Callback):  # type: ignore[misc, unused-ignore
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach."""
-        self.attached = [attach(optimizer, model=pl_module, **self.options) for optimizer in trainer.optimizers]
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the optimizers as they were."""
-        for attached in self.__dict__.pop("attached", ()):
-            attached.remove()
+        for optimizer in trainer.optimizers:
+            attach(optimizer, model=pl_module, **self.options)
 
 
 class EvaluateAverages(_lightning.Callback):  # type: ignore[misc, unused-ignore]

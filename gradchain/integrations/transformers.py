@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback
 
-from gradchain.adapters.attach import attach
+from gradchain.adapters.attach import Attached, attach
 from gradchain.adapters.scheduler import schedule
 from gradchain.integrations import handle_of, hyperparameters_of, innermost
 
@@ -27,14 +27,13 @@ class AttachTransforms(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self.attached: Attached | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach."""
-        self.attached = attach(innermost(kwargs["optimizer"]), model=kwargs["model"], **self.options)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was."""
-        self.attached.remove()
+        """Attach, unless it has been done in a run before with the same optimizer."""
+        optimizer = innermost(kwargs["optimizer"])
+        if self.attached is None or self.attached.optimizers != [optimizer]:
+            self.attached = attach(optimizer, model=kwargs["model"], **self.options)
 
 
 class EvaluateAverages(TrainerCallback):  # type: ignore[misc, unused-ignore]
