@@ -33,6 +33,7 @@ from gradchain.engine.groups import (
     require_new,
     warn_of_short,
 )
+from gradchain.engine.metrics import read_metrics
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach
 from gradchain.engine.signals import make_signals
