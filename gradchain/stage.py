@@ -75,7 +75,7 @@ class Stage(ABC):
     """Whether it returns the very tensors that it gets, sharded or not, and never raises: it only looks at them."""
 
     every: int = 1
-    """One step of how many it runs in, if it is the identity."""
+    """If it is the identity, it runs in the first step, and in those whose number is a multiple of this."""
 
     counts: bool = False
     """Whether it counts how often it acts, once it is asked to."""

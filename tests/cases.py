@@ -97,6 +97,7 @@ CASES = [
     Case(gc.lmo_linf(), skip=HIDES_NAN),
     Case(gc.frank_wolfe()),
     Case(gc.reject_from_param()),
+    Case(gc.monitor()),
     Case(gc.ema(0.9)),
     Case(gc.ema(0.75, debias=False)),
     Case(gc.trace(0.9)),

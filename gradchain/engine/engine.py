@@ -116,6 +116,8 @@ class Engine:
         """Whether the states are known to fit the chains."""
         self.signals: dict[str, Tensor] = {}
         """The values from outside for the next step."""
+        self.steps = 0
+        """How many have been made."""
         self.counts: ByParam | None = None
         """What stages count, once someone has asked."""
         self.chains()

@@ -50,7 +50,8 @@ def read_metrics(engine: Engine, *, per_parameter: bool) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sources:
         metrics |= _figures(source, source.numbers, values, sizes, "")
-        for number in source.numbers if per_parameter and not source.stage.shares_state else ():
+        is_of_all = source.stage.shares_state and source.stage.reports
+        for number in source.numbers if per_parameter and not is_of_all else ():
             metrics |= _figures(source, [number], values, sizes, f"/{names[number]}")
     return metrics
 

@@ -94,6 +94,8 @@ class Pass:
     context: Mapping[str, Sequence[Any]]
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
+    step: int = 1
+    """The number of the step, from 1 on, as far as it counts."""
     commits: list[Callable[[], None]] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
     """What was measured, by the path of the stage that measures."""
@@ -328,13 +330,10 @@ class Jointly(Operation):
         self.part = part
         self.skips = bool(part.stage.skip_keys)
         self.cannot_raise = part.stage.is_identity
-        self.runs = 0
 
     def run(self, work: Pass) -> None:
-        if self.part.stage.every > 1 and not torch.compiler.is_compiling():
-            self.runs += 1
-            if self.runs % self.part.stage.every != 1:
-                return
+        if work.step > 1 and work.step % self.part.stage.every:
+            return
         see = (lambda value: value) if self.part.stage.is_identity else gather
         tensors, groups, states = [], [], []
         for number in self.numbers:

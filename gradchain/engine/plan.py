@@ -103,9 +103,11 @@ class Plan:
                 raise
         self._values = values
 
-    def run(self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool) -> Pass:
+    def run(
+        self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool, step: int
+    ) -> Pass:
         """Transform all tensors in place."""
-        work = Pass(tensors, context, keeps_states)
+        work = Pass(tensors, context, keeps_states, step)
         for operation in self.operations:
             operation.run(work)
         self.has_run = True

@@ -39,9 +39,9 @@ def monitor(name: str = "monitor", *, every: int = 1) -> Monitor:
     Args:
         name: What the figures are called, ``"pre/<name>/norm"``; a second one of the same name gets a number,
             ``"pre/<name>_2/norm"``.
-        every: An optimizer looks in one step of so many, beginning with its first; at least 1. Give it the interval at
-            which you log, since to look at all elements takes about as long as a step of SGD. A call by hand, and a
-            graph of ``torch.compile``, looks each time.
+        every: An optimizer looks in its first step, and in those whose number is a multiple of this; at least 1. Give it
+            the interval at which you log, since to look at all elements takes as long as a step of SGD, or longer. A
+            call by hand, and a graph of ``torch.compile``, looks each time.
 
     Raises:
         TypeError: ``name`` is no string, or ``every`` no integer.
@@ -216,7 +216,7 @@ def _look_at_piece(rows: Tensor, flags: Tensor | None) -> Tensor:
 
 def _count_nonzero(rows: Tensor, flags: Tensor | None) -> Tensor:
     """How many elements of each row are not zero, NaN included."""
-    if flags is None:
+    if flags is None or rows.is_complex():
         return (rows != 0).sum(1)
     # On the CPU, flags in floating point take a fifth of the time that booleans take.
     return torch.ne(rows, 0, out=flags[: rows.numel()].view(rows.shape)).sum(1)
