@@ -299,7 +299,8 @@ class Measure(Operation):
 
     def run(self, work: Pass) -> None:
         see = gather if self.gathers else (lambda value: value)
-        tensors = [see(work.tensors[i].detach()) for i in self.acting]
+        given = [work.tensors[i] for i in self.acting]
+        tensors = [see(tensor.detach() if tensor.requires_grad else tensor) for tensor in given]
         old = self.states[0] if self.states else {}
         state = {key: see(value) for key, value in old.items()}
         try:
