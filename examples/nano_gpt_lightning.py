@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+import pytorch_lightning as pl  # pyright: ignore[reportMissingImports]
+import torch
 import torch.distributed as dist
 from nano_gpt import CONFIG, GPT, STEPS, batch, make_optimizer
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from gradchain.integrations.lightning import LogMetrics
 
 
-class Module(pl.LightningModule):
+class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
     """The model, whose batches depend on the step alone, so that a resumed run has those of one that goes on."""
 
     def __init__(self, config: Path) -> None:
@@ -55,7 +56,7 @@ def fit(config: Path, *, stop: int = STEPS, checkpoint: str | None = None) -> tu
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader([0] * STEPS, batch_size=None), ckpt_path=checkpoint)
+    trainer.fit(module, DataLoader(torch.zeros(STEPS), batch_size=None), ckpt_path=checkpoint)  # type: ignore[arg-type]
     return trainer, module.losses
 
 
