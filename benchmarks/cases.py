@@ -13,6 +13,7 @@ from benchmarks import peers
 from benchmarks.sides import MakeSide, Ours, adam, sgd
 from benchmarks.workloads import (
     ALL,
+    GPT2,
     LARGE_BATCH,
     MANY,
     MODELS,

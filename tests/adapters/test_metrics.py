@@ -69,7 +69,9 @@ def as_it_is(tensor: torch.Tensor, group: gc.Group) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_counting_changes_neither_numbers_nor_states(count: int) -> None:
-    pre = chain(clip_by_norm(2.0), gc.broadcast(as_it_is, None), gc.ema(0.9), clip_by_norm(0.5), gc.clip_by_global_norm(0.3))
+    pre = chain(
+        clip_by_norm(2.0), gc.broadcast(as_it_is, None), gc.ema(0.9), clip_by_norm(0.5), gc.clip_by_global_norm(0.3)
+    )
     results = []
     for counts in (False, True):
         torch.manual_seed(0)
@@ -133,7 +135,12 @@ def test_one_copy_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     step(x, optimizer)
     calls = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(self) or tolist(self))
+
+    def counted(self: torch.Tensor) -> Any:
+        calls.append(self)
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
     optimizer.metrics(per_parameter=True)
     assert len(calls) == 1
 

@@ -46,7 +46,8 @@ def test_figures_are_those_of_the_whole(processes: Processes, size: int) -> None
 
 
 def add_signals(tensor: Tensor, group: Group) -> Tensor:
-    return tensor + group["loss"] + 100 * group["heads"].amax()
+    total: Tensor = group["loss"] + 100 * group["heads"].amax()
+    return tensor + total
 
 
 def reduced(reduce: str | None) -> Tensor:
@@ -61,7 +62,13 @@ def reduced(reduce: str | None) -> Tensor:
 
 @pytest.mark.parametrize(
     ("reduce", "expected"),
-    [("mean", [250.5, 250.5]), ("sum", [501.0, 501.0]), ("max", [301.0] * 2), ("min", [200.0] * 2), (None, [200.0, 301.0])],
+    [
+        ("mean", [250.5, 250.5]),
+        ("sum", [501.0, 501.0]),
+        ("max", [301.0] * 2),
+        ("min", [200.0] * 2),
+        (None, [200.0, 301.0]),
+    ],
 )
 def test_signals_are_reduced(processes: Processes, reduce: str | None, expected: list[float]) -> None:
     assert [float(grad) for grad in processes.run(2, reduced, reduce)] == expected
