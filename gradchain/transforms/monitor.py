@@ -17,7 +17,7 @@ from gradchain.stage import Stage
 LONGEST = 2**18
 """So many elements of a tensor on the CPU stay in the cache while they are looked at."""
 
-LONGEST_ON_DEVICE = 2**24
+LONGEST_ON_DEVICE = 2**22
 """So many elements on other devices keep them busy, and need little memory."""
 
 NO_PARAM = -1.0
