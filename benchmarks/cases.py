@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.sides import MakeSide, Ours, adam, sgd
+from benchmarks.sides import MakeSide, Ours, adam, as_one, sgd
 from benchmarks.workloads import (
     ALL,
     GPT2,
@@ -19,6 +19,7 @@ from benchmarks.workloads import (
     MODELS,
     RESNET,
     SMALL_BATCH,
+    SOME,
     Workload,
     alike,
     one_of_megabytes,
@@ -73,6 +74,7 @@ def timed(device: str) -> Iterator[Case]:
         yield Case("no chain", workload, Ours(), "bare step", peers.bare(), 1.03)
     yield from _elementwise(device)
     yield from _norms()
+    yield from _several()
     yield from _own_functions()
     yield from _monitored()
     yield from _rai_toolbox()
@@ -133,6 +135,12 @@ def _monitored() -> Iterator[Case]:
         yield Case(f"monitor(), {name}", GPT2, Ours(monitor(), inner=inner), "without", Ours(inner=inner))
         ours, theirs = Ours(monitor(every=50), inner=inner, times=50), Ours(inner=inner, times=50)
         yield Case(f"50 steps of monitor(every=50), {name}", GPT2, ours, "without", theirs, 1.05)
+
+
+def _several() -> Iterator[Case]:
+    for workload in (SOME, GPT2):
+        theirs = peers.clip_grad_norm_of_two
+        yield Case("Muon and AdamW as one, global norm", workload, as_one, "clip_grad_norm_, both", theirs, 1.03)
 
 
 def soft_sign(tensor: Tensor, group: Group) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from gradchain import ParamTransformingOptimizer, Transform
+from gradchain import ParamTransformingOptimizer, Transform, clip_by_global_norm
 
 LR = 1e-3
 MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]
@@ -86,6 +86,27 @@ class Ours:
     def wrap(self, inner: Optimizer) -> ParamTransformingOptimizer:
         """The chains around an instance."""
         return ParamTransformingOptimizer(InnerOpt=inner, pre=self.pre, post=self.post, param_ndim=self.param_ndim)
+
+
+def muon_and_adamw(params: Sequence[Tensor]) -> list[Optimizer]:
+    """Muon for matrices, without the first two, which are embeddings in GPT-2, and AdamW for the rest.
+
+    Muon makes one step of its iteration in place of five, so that what is around it counts for more.
+    """
+    hidden = [param for param in params if param.ndim == 2][2:]
+    known = set(map(id, hidden))
+    rest = [param for param in params if id(param) not in known]
+    return [Muon(hidden, lr=LR, ns_steps=1), AdamW(rest, lr=LR, fused=True)]
+
+
+def as_one(gradients: list[Tensor]) -> TorchSide:
+    """The side of Muon and AdamW as one optimizer, under one global norm."""
+
+    def make_step(params: list[Tensor]) -> Step:
+        inner = muon_and_adamw(params)
+        return ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_global_norm(1.0)).step
+
+    return TorchSide(gradients, make_step)
 
 
 def grads_of(params: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import (
     Any,
     Literal,
@@ -74,6 +74,8 @@ class BoundTransform(Each):
     """Whether the prefix was given to it, and is not that of all transforms of its kind."""
     own_keys: Mapping[str, str] = field(default_factory=dict)
     """The keys of hyperparameters that have no prefix, by the name of the parameter."""
+    is_numbered: bool = False
+    """Whether the prefix was given to it for its number among its kind."""
     hyperparameters: Mapping[str, Any] = field(init=False)
     needed: tuple[str, ...] = field(init=False)
     """The names of the hyperparameters without a default."""
@@ -198,15 +200,21 @@ class BoundTransform(Each):
                 raise TypeError(f"{self!r}.named: there is no hyperparameter {name!r}; there are {list(known)}")
             if key in GIVEN:
                 raise ValueError(f"{self!r}.named: {name} cannot have the key {key!r}, which optimizers set themselves")
-        named = replace(
-            self,
-            prefix=self.prefix if prefix is None else prefix,
-            is_named=self.is_named or prefix is not None,
-            own_keys={**self.own_keys, **keys},
+        named = BoundTransform(
+            self.definition,
+            self.arguments,
+            self.prefix if prefix is None else prefix,
+            self.is_named or prefix is not None,
+            {**self.own_keys, **keys},
         )
         if len(named.hyperparameters) < len(known):
             raise ValueError(f"{self!r}.named: two hyperparameters cannot have the same key, got {keys}")
         return named
+
+    def numbered(self, prefix: str) -> BoundTransform:
+        """The same under the prefix of its number among its kind, as in ``"scale_2.factor"``."""
+        named = self.named(prefix)
+        return BoundTransform(self.definition, self.arguments, prefix, named.is_named, named.own_keys, is_numbered=True)
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> BoundTransform:
         """``change(self)``."""
@@ -321,7 +329,8 @@ class BoundTransform(Each):
     def __repr__(self) -> str:
         parameters = self.definition.signature.parameters
         given = [f"{n}={show_value(v)}" for n, v in self.arguments.items() if not is_same(v, parameters[n].default)]
-        names = [] if self.prefix == self.definition.name else [repr(self.prefix)]
+        is_first = self.is_numbered and self.prefix == self.definition.name
+        names = [repr(self.prefix)] if self.is_named and not is_first else []
         names += [f"{name}={key!r}" for name, key in self.own_keys.items()]
         suffix = f".named({', '.join(names)})" if names else ""
         return f"{self.definition.name}({', '.join(given)}){suffix}"
@@ -340,7 +349,12 @@ class BoundTransform(Each):
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix, self.is_named, self.own_keys)
+        names = self.prefix, self.is_named, self.own_keys, self.is_numbered
+        return _rebuild, (self.definition.factory, dict(self.arguments), *names)
+
+
+# Hydra takes an instance of a dataclass for a config, and would hand on its fields in its place.
+del BoundTransform.__dataclass_fields__
 
 
 def counted(factory: TransformFactory[P]) -> TransformFactory[P]:

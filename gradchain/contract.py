@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import (
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import Parameter
 
 Group: TypeAlias = dict[str, Any]
 """A param group: hyperparameters by key and, as context, ``"param"`` and ``"grad"``, shaped like the tensor."""
@@ -55,6 +57,10 @@ ACTED = "gradchain.acted"
 
 PLACE = "gradchain.place"
 """The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
+
+
+_PRINTED = 1000
+"""How many elements of a tensor torch prints without ``...``."""
 
 
 # Half-precision sums overflow (float16) or lose digits (bfloat16): compute in float32, round once at the end.
@@ -218,5 +224,42 @@ def is_same(a: object, b: object) -> bool:
 
 
 def show_value(value: object) -> str:
-    """How the value of a hyperparameter or option prints."""
-    return f"Generator({value.initial_seed()})" if isinstance(value, Generator) else repr(value)
+    """How the value of a hyperparameter or option prints: as what makes it, with the names of torch.
+
+    A tensor of more elements than torch prints itself is abbreviated, as torch does it.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
+    if isinstance(value, list):
+        return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(show_value, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, Generator):
+        device = "" if value.device.type == "cpu" else repr(str(value.device))
+        return f"torch.Generator({device}).manual_seed({value.initial_seed()})"
+    if isinstance(value, Tensor) and type(value) in (Tensor, Parameter) and value.numel() <= _PRINTED:
+        try:
+            numbers, options = as_numbers(value)
+        except RuntimeError:  # it has no numbers, as in vmap
+            return repr(value)
+        return f"torch.tensor({show_value(numbers)}{''.join(f', {key}={option!r}' for key, option in options.items())})"
+    return repr(value)
+
+
+def as_numbers(tensor: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The numbers and the options of the call of ``torch.tensor`` that gives ``tensor``, in as few digits as do it."""
+    value = tensor.detach().cpu()
+    numbers = value.tolist()
+    options: dict[str, Any] = {} if torch.tensor(numbers).dtype == tensor.dtype else {"dtype": tensor.dtype}
+    if tensor.device.type != "cpu":
+        options["device"] = str(tensor.device)
+    if value.is_floating_point():
+        for digits in range(4, 10):
+            short = _round(numbers, digits)
+            if torch.equal(torch.tensor(short, dtype=value.dtype), value):
+                return short, options
+    return numbers, options
+
+
+def _round(numbers: Any, digits: int) -> Any:
+    return [_round(each, digits) for each in numbers] if isinstance(numbers, list) else float(f"{numbers:.{digits}g}")

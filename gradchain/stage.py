@@ -398,7 +398,7 @@ def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[St
         prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
         free = next(prefix for prefix in prefixes if prefix not in used)
         used.add(free)
-        return transform.named(free)
+        return transform.numbered(free)
 
     for stage in stages:
         stage.replaced(note)

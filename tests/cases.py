@@ -60,6 +60,7 @@ CASES = [
     Case(gc.clamp(-0.5, 1.0)),
     Case(gc.clamp(min=0.25)),
     Case(gc.clamp(max=0.5).named("grad")),
+    Case(gc.set_to_zero(), skip=HIDES_NAN),
     Case(gc.zero_nonfinite(), skip=HIDES_NAN),
     Case(gc.normalize()),
     Case(gc.normalize(1)),

@@ -113,7 +113,6 @@ class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner st
     def __init__(self, keep_counters: Callable[[], None]) -> None:
         self.keep_counters = keep_counters
         self.loss: Any = None
-        self.inner_state: Any = None
 
 
 class Operation(ABC):

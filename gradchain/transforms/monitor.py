@@ -24,7 +24,7 @@ NO_PARAM = -1.0
 """In place of the norm of the parameter where there is no parameter to compare with."""
 
 
-def monitor(name: str = "monitor", *, every: int = 1) -> Monitor:
+def monitor(name: str = "monitor", every: int = 1) -> Monitor:
     r"""Leave everything as it is, and keep figures of it, for ``optimizer.metrics()``.
 
     .. math:: t; \quad \|t\|_2, \; \|t\|_2 / \sqrt{n}, \; \|t\|_2 / \|p\|_2
@@ -134,7 +134,7 @@ class Monitor(Stage):
         return hash(("monitor", self.name, self.every))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Monitor, (self.name, self.every)
+        return monitor, (self.name, self.every)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -127,6 +127,16 @@ def test_signals_and_counts_need_one_graph() -> None:
     assert graphs == 1
 
 
+def test_one_graph_of_several_optimizers() -> None:
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        inner = [RMSprop(params[:1], lr=0.1), Adam(params[1:], lr=0.1)]
+        return ParamTransformingOptimizer(InnerOpt=inner, pre=gc.clip_by_global_norm(0.5), post=gc.clamp(-1, 1))
+
+    breaks, graphs = compare(make)
+    assert breaks <= compile_bare(Adam)[0]
+    assert graphs == 1
+
+
 def test_what_is_read_on_the_host_runs_before_the_graph() -> None:
     def spoil(optimizer: Optimizer, number: int) -> None:
         for param in optimizer.param_groups[0]["params"]:

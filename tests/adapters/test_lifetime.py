@@ -108,10 +108,10 @@ def test_an_optimizer_is_freed_at_once(make: Callable[[list[nn.Parameter]], Opti
 def test_a_handle_whose_optimizer_is_gone() -> None:
     optimizer = AdamW(make_params())
     handle = attach(optimizer, **SLOTS)
-    assert handle.optimizer is optimizer
+    assert handle.optimizers == [optimizer]
     del optimizer
     with pytest.raises(ReferenceError, match="the optimizer no longer exists; keep a reference"):
-        handle.optimizer  # noqa: B018
+        handle.optimizers  # noqa: B018
     assert "attach(AdamW, pre=" in repr(handle)
     handle.remove()
 
