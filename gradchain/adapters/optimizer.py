@@ -426,12 +426,13 @@ class ParamTransformingOptimizer(Optimizer):
         return explain_step(self._engine, self._own_defaults)
 
     def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
-        """What ``monitor``, clips and skips have seen, by name, for ``self.log_dict(optimizer.metrics())`` in Lightning.
+        """What ``monitor``, clips and skips have seen, by name: ``self.log_dict(optimizer.metrics())`` in Lightning.
 
-        The figures of a ``monitor`` are those of the last step. ``share_clipped`` is the share of the units (tensors, rows
-        or elements) that a clip made shorter, over the steps since the last call: the first call starts to count, so that
-        nobody pays for it who never asks. ``total`` and ``in_a_row`` count the steps that were skipped, since the start.
-        The device is waited for once. With shards, clips count the rows of the process; all else is of the whole.
+        The figures of a ``monitor`` are those of the last step in which it looked. ``share_clipped`` is the share of
+        the units (tensors, rows or elements) that a clip made shorter, over the steps since the last call. The first
+        call starts to count, so that nobody pays for it who never asks; what was not counted yet is left out.
+        ``total`` and ``in_a_row`` count the steps that a transform has skipped. The device is waited for once. With
+        shards, clips count the rows that this process has; all else is of the whole.
 
         Args:
             per_parameter: Also the figures of each parameter, ``"pre/monitor/norm/fc.weight"``, by name or number.
@@ -459,9 +460,9 @@ class ParamTransformingOptimizer(Optimizer):
         for the same step replaces the first. With ``step_in_backward``, give them before the backward pass.
 
         Args:
-            reduce: What the processes of the default group have together, ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``;
-                then all of them have to call it. None keeps the value of each.
-            **values: Numbers, or tensors, which are copied and not read on the host.
+            reduce: What counts of the values of all processes of the default group, ``"mean"``, ``"sum"``, ``"min"`` or
+                ``"max"``; then all of them have to call it. None keeps the value of each.
+            **values: Numbers or tensors, which are copied to the device of the first parameter, and not read.
 
         Raises:
             TypeError: A value is neither a number nor a tensor.

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,7 +45,7 @@ class SlotTensor(NamedTuple):
     """Whether its states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
-    signals: Mapping[str, Tensor] = {}  # a NamedTuple has no other defaults
+    signals: Mapping[str, Tensor] = MappingProxyType({})
     """The values from outside for this step, always in the same dict."""
     counts: State | None = None
     """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
@@ -335,7 +336,7 @@ class Jointly(Operation):
     def run(self, work: Pass) -> None:
         if work.step > 1 and work.step % self.part.stage.every:
             return
-        see = (lambda value: value) if self.part.stage.is_identity else gather
+        see: Callable[[Any], Any] = (lambda value: value) if self.part.stage.is_identity else gather
         tensors, groups, states = [], [], []
         for number in self.numbers:
             item = self.items[number]
