@@ -142,7 +142,7 @@ class Programs(Operation):
         copied = form.numel() * form.element_size() / 20000  # a copy of so many bytes takes a microsecond
         inputs = [name for name in trace.inputs if _is_of_each(name)]
         stacked = len(inputs) * (0.15 + copied) + len(trace.outputs) * (0.35 + copied)
-        return sum(map(_cost, _calls_for_each(trace))) > 1.2 * stacked
+        return bool(sum(map(_cost, _calls_for_each(trace))) > 1.2 * stacked)
 
     def _bytes(self, number: int) -> int:
         form = local_part(self.items[number].example)
