@@ -56,7 +56,8 @@ class Views:
         the units (tensors, rows or elements) that a clip made shorter, over the steps since the last call. The first
         call starts to count, so that nobody pays for it who never asks; what was not counted yet is left out.
         ``total`` and ``in_a_row`` count the steps that a transform has skipped. The device is waited for once. With
-        shards, clips count the rows that this process has; all else is of the whole.
+        shards, clips count the rows that this process has; all else is of the whole. A clip within
+        ``with_error_feedback``, or within ``masked`` with a tensor, does not count.
 
         Args:
             per_parameter: Also the figures of each parameter, ``"pre/monitor/norm/fc.weight"``, by name or number.
@@ -88,7 +89,8 @@ class Views:
         Args:
             reduce: What counts of the values of all processes of the default group, ``"mean"``, ``"sum"``, ``"min"`` or
                 ``"max"``; then all of them have to call it. None keeps the value of each.
-            **values: Numbers or tensors, which are copied to the device of the first parameter, and not read.
+            **values: Numbers or tensors, which are copied to the device of the first parameter, half precision as
+                float32, and are not read.
 
         Raises:
             TypeError: A value is neither a number nor a tensor.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from operator import eq
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
@@ -116,6 +116,7 @@ class Engine:
         """Whether the states are known to fit the chains."""
         self.signals: dict[str, Tensor] = {}
         """The values from outside for the next step."""
+        self._had_grads: Sequence[bool] = ()
         self.steps = 0
         """How many have been made."""
         self.counts: ByParam | None = None
@@ -145,7 +146,8 @@ class Engine:
 
     def have_grads(self) -> list[bool]:
         """Which parameters had a gradient in the last step, as far as it is known."""
-        return [True] * len(self.param_table.params) if self._plans is None else self._plans.have_grads
+        count = len(self.param_table.params)
+        return self._had_grads if len(self._had_grads) == count else [True] * count
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -346,6 +348,7 @@ class Engine:
             self._plans = known if known.can_be_kept else None
         for plan in known.of.values():
             plan.prepare()
+        self._had_grads = known.have_grads
         return known
 
     def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:

@@ -14,7 +14,8 @@ from gradchain.chain import Chain
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
 from gradchain.engine.forms import Forms
-from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
+from gradchain.engine.jointly import Jointly
+from gradchain.engine.operations import AsItIs, Gathering, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.states import ParamTable
 from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
 from gradchain.stage import Part, Stage
