@@ -240,7 +240,7 @@ class Writer:
             return name
         divisor, size = call.args[1].number, math.prod(self._shape(call.results[0]))
         few = max(1, math.prod(self._shape(divisor)))
-        if size < max(WORTH_A_RECIPROCAL if kind is Kind.EACH else 0, 64 * few) and kind is not Kind.STACK:
+        if size < max(WORTH_A_RECIPROCAL if kind is Kind.EACH else 0, 32 * few) and kind is not Kind.STACK:
             return name
         if kind is Kind.STACK or kind is Kind.SHARED or self.single:
             texts[1] = f"{texts[1]}.reciprocal()"
