@@ -11,12 +11,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 def test_example() -> None:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that each process writes its line at once
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that lines, if not their ends, are whole
     done = subprocess.run(
         [sys.executable, *start, EXAMPLE], capture_output=True, text=True, check=False, timeout=60, env=buffered
     )
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"process \d of 2: (\d+) of (\d+) elements, largest difference (\S+)", done.stdout)
+    said = re.findall(r"process \d of 2: (\d+) of (\d+) elements, largest difference ([\d.e+-]+)", done.stdout)
     assert len(said) == 2
     (total,) = {int(total) for _, total, _ in said}
     assert sum(int(part) for part, *_ in said) == total
