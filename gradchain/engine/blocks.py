@@ -26,7 +26,7 @@ from gradchain.engine.traced import (
     dependencies,
     trace_stages,
 )
-from gradchain.engine.writer import KINDS
+from gradchain.engine.values import KINDS
 from gradchain.stage import Part
 
 BLOCK_BYTES = 2**21
