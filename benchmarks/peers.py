@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.dlpack import from_dlpack
 
-from benchmarks.sides import LR, MakeOptimizer, MakeSide, Step, TorchSide, adam, grads_of, sgd
+from benchmarks.sides import LR, MakeOptimizer, MakeSide, Step, TorchSide, adam, grads_of, muon_and_adamw, sgd
 
 Edit = Callable[[list[Tensor]], object]
 """Changes gradients in place."""
@@ -176,6 +176,22 @@ def clip_grad_norm(inner: MakeOptimizer = adam) -> MakeSide:
         return clip_and_step
 
     return lambda gradients: TorchSide(gradients, make_step)
+
+
+def clip_grad_norm_of_two(gradients: list[Tensor]) -> TorchSide:
+    """``clip_grad_norm_`` over all, then the steps of Muon and AdamW."""
+
+    def make_step(params: list[Tensor]) -> Step:
+        steps = [optimizer.step for optimizer in muon_and_adamw(params)]
+
+        def clip_and_step() -> None:
+            clip_grad_norm_(params, 1.0)
+            for step in steps:
+                step()
+
+        return clip_and_step
+
+    return TorchSide(gradients, make_step)
 
 
 def clip_grad_value() -> MakeSide:

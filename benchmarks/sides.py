@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from gradchain import ParamTransformingOptimizer, Transform
+from gradchain import ParamTransformingOptimizer, Transform, clip_by_global_norm
 
 LR = 1e-3
 MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]
@@ -71,6 +71,7 @@ class Ours:
     param_ndim: int | None = None
     inner: MakeOptimizer = sgd
     steps: bool = True  # or only transforms gradients
+    times: int = 1  # so many steps are timed as one
 
     def __call__(self, gradients: list[Tensor]) -> TorchSide:
         """The side with these gradients."""
@@ -79,11 +80,33 @@ class Ours:
     def make_step(self, params: list[Tensor]) -> Step:
         """What makes a step of ``params``."""
         optimizer = self.wrap(self.inner(params))
-        return optimizer.step if self.steps else optimizer._apply_pre_step_transform_
+        step: Step = optimizer.step if self.steps else optimizer._apply_pre_step_transform_
+        return step if self.times == 1 else lambda: [step() for _ in range(self.times)]
 
     def wrap(self, inner: Optimizer) -> ParamTransformingOptimizer:
         """The chains around an instance."""
         return ParamTransformingOptimizer(InnerOpt=inner, pre=self.pre, post=self.post, param_ndim=self.param_ndim)
+
+
+def muon_and_adamw(params: Sequence[Tensor]) -> list[Optimizer]:
+    """Muon for matrices, without the first two, which are embeddings in GPT-2, and AdamW for the rest.
+
+    Muon makes one step of its iteration in place of five, so that what is around it counts for more.
+    """
+    hidden = [param for param in params if param.ndim == 2][2:]
+    known = set(map(id, hidden))
+    rest = [param for param in params if id(param) not in known]
+    return [Muon(hidden, lr=LR, ns_steps=1), AdamW(rest, lr=LR, fused=True)]
+
+
+def as_one(gradients: list[Tensor]) -> TorchSide:
+    """The side of Muon and AdamW as one optimizer, under one global norm."""
+
+    def make_step(params: list[Tensor]) -> Step:
+        inner = muon_and_adamw(params)
+        return ParamTransformingOptimizer(InnerOpt=inner, pre=clip_by_global_norm(1.0)).step
+
+    return TorchSide(gradients, make_step)
 
 
 def grads_of(params: list[Tensor]) -> list[Tensor]:

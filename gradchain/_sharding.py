@@ -142,11 +142,11 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def collect(value: Tensor, like: Any) -> Tensor:
-    """A number of each process, in one tensor; one for those that have the same part of ``like``."""
+    """What each process has, in one tensor with a new first dimension; one of those that have the same of ``like``."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in like.placements]
-    each = DTensor.from_local(value.reshape(1), like.device_mesh, placements, run_check=False)
+    each = DTensor.from_local(value.unsqueeze(0), like.device_mesh, placements, run_check=False)
     collected: Tensor = each.full_tensor()
     return collected
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable
 from operator import is_
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.contract import Group, is_same
+from gradchain.engine.combined import needs_closure, parts
 from gradchain.engine.engine import Engine
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run
@@ -69,12 +69,12 @@ def step_in_backward(optimizer: ParamTransformingOptimizer) -> InBackward:
             f"step_in_backward needs a ParamTransformingOptimizer, got {type(optimizer).__name__}; wrap it: "
             "ParamTransformingOptimizer(InnerOpt=...)"
         )
-    closure = inspect.signature(optimizer.inner_opt.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(
-            f"{type(optimizer.inner_opt).__name__} evaluates a closure, which a backward pass is a part of; "
-            "call optimizer.step(closure)"
-        )
+    for part in parts(optimizer.inner_opt):
+        if needs_closure(part):
+            raise ValueError(
+                f"{type(part).__name__} evaluates a closure, which a backward pass is a part of; "
+                "call optimizer.step(closure)"
+            )
     hooks = [_OneParameter(optimizer, m) for m in optimizer._engine.param_table.entries if m.param.requires_grad]
     return InBackward(hook.register() for hook in hooks)
 
@@ -103,7 +103,12 @@ class _OneParameter:
     def __init__(self, optimizer: ParamTransformingOptimizer, entry: ParamEntry) -> None:
         self.optimizer = optimizer
         self.entry = entry
-        self.inner_opt = _copy_for_one(optimizer.inner_opt)
+        (self._part,) = (
+            part for part in parts(optimizer.inner_opt) if any(group is entry.group for group in part.param_groups)
+        )
+        self.inner_opt = _copy_for_one(self._part)
+        self._seen: dict[str, Tensor] = {}
+        """The signals that it has made a step with."""
         self._start()
 
     def register(self) -> RemovableHandle:
@@ -130,15 +135,16 @@ class _OneParameter:
     def _step(self) -> None:
         if not all(map(is_, self._sources, self._look())):
             self._start()
+        self._take_signals()
         group = self.entry.group
         own_group = {**group, "params": [self.entry.param]}
-        self.inner_opt.param_groups, self.inner_opt.state = [own_group], self.optimizer.inner_opt.state
+        self.inner_opt.param_groups, self.inner_opt.state = [own_group], self._part.state
         if is_dry_run(self.optimizer.param_groups):
             self.inner_opt.step()
             self._engine.start()
         else:
             self._transform_and_step()
-        for outer in (self.optimizer, self.optimizer.inner_opt):
+        for outer in (self.optimizer, self._part):
             outer.__dict__["_opt_called"] = True  # or a scheduler would warn that there was no step
         changed = [key for key, value in group.items() if own_group[key] is not value and key != "params"]
         written = [key for key in changed if not is_same(own_group[key], group[key])]
@@ -158,6 +164,12 @@ class _OneParameter:
             step.undo()
             raise
 
+    def _take_signals(self) -> None:
+        """Take what was signalled since the last step of this parameter; the others make theirs with the same."""
+        new = {key: value for key, value in self.optimizer._engine.signals.items() if value is not self._seen.get(key)}
+        self._engine.signals.update(new)
+        self._seen |= new
+
     def _is_in_place(self) -> bool:
         """Whether the parameter is where it was, with as many before it."""
         groups, (group, index) = self.optimizer.param_groups, self.entry.position
@@ -169,7 +181,8 @@ class _OneParameter:
         """What it depends on, which a checkpoint that is loaded replaces."""
         optimizer = self.optimizer
         group = optimizer.param_groups[self.entry.position[0]]
-        return [group, optimizer._engine.states, optimizer.pre, optimizer.update, optimizer.post]
+        engine = optimizer._engine
+        return [group, engine.states, engine.counts, optimizer.pre, optimizer.update, optimizer.post]
 
     def _start(self) -> None:
         optimizer = self.optimizer
@@ -182,6 +195,7 @@ class _OneParameter:
         param_table.entries, param_table.params = [self.entry], [self.entry.param]
         param_table.groups = [self.entry.group]
         self._engine = _EngineOfOne(self, param_table, optimizer._engine)
+        self._engine.counts = optimizer._engine.counts
         self._sources = self._look()
 
     @property

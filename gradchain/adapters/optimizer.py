@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradchain._html import show_optimizer
-from gradchain._ranges import as_number
 from gradchain._units import print_slots
+from gradchain.adapters._compiled import step_compiled
 from gradchain.adapters._trial import explain_step
 from gradchain.broadcast import to_batch
 from gradchain.chain import Chain
 from gradchain.contract import Group, Transform, is_same
+from gradchain.engine.combined import defaults_of_any, parts
 from gradchain.engine.engine import Engine
 from gradchain.engine.groups import (
-    Params,
+    DEFAULTS,
     check_group,
     complete_groups,
     hyperparameters,
     make_chains,
-    make_inner,
     number_chains,
+    own_defaults,
     replace_defaults,
     require_new,
     warn_of_short,
 )
+from gradchain.engine.inner import InnerOptimizers, make_inner
+from gradchain.engine.metrics import read_metrics
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
-from gradchain.engine.reach import check_reach
+from gradchain.engine.reach import check_reach, check_setup
+from gradchain.engine.select import Params
+from gradchain.engine.signals import make_signals
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
@@ -67,6 +69,14 @@ class ParamTransformingOptimizer(Optimizer):
     dtype of the parameter. States that an instance has loaded before are taken up, with a warning where they do not fit
     or were rounded.
 
+    Several inner optimizers step one after another, as one: ``pre`` and its global norms see the gradients of all
+    before the first steps, a skipped step is skipped by all, and a closure is evaluated once. ``param_groups`` lists
+    the groups of all, of which each belongs to one; ``inner_opt.optimizers`` are the optimizers themselves, and a
+    scheduler can drive one of them.
+
+    The state dict is that of one torch optimizer with these groups. Where parameters have names, it has them too, and
+    ``load_state_dict`` finds parameters by name, so that a checkpoint survives another order and other groups.
+
     Parameters may change in mid-run. If one gets another dtype, its states get the dtypes that they would be made with
     now. If another parameter takes its place in a group, ``state[new] = state.pop(old)`` moves the states of its
     transforms, too; where ``new`` has another shape, the tensors in ``state[new]["transforms"]`` need it as well.
@@ -87,7 +97,10 @@ class ParamTransformingOptimizer(Optimizer):
 
     Args:
         params: Parameters, named parameters or param groups, as any optimizer takes them. Not with an instance.
-        InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance.
+        InnerOpt: An optimizer type, a ``functools.partial`` of one, or an instance. Or several inner optimizers: a list
+            of instances, or a mapping whose keys choose the parameters of each, and whose values are types or partials.
+            A key is a pattern of names, such as ``"*.weight"``, or a function of a parameter that returns a bool; the
+            first key that chooses a parameter wins.
         pre: The transform of each gradient.
         update: The transform of each displacement. It needs a copy of the parameters; ``post`` needs one only where a
             stage cannot be traced.
@@ -97,6 +110,8 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: Factor of each gradient after ``pre``, per group.
         grad_bias: Added to each gradient after the factor, per group.
         defaults: Further keys of the groups, with the values for those that lack them.
+        groups: Values of their own for some parameters, by keys like those of ``InnerOpt``, such as ``{"*.bias":
+            {"weight_decay": 0.0}}``; the first key that chooses a parameter wins. Not with an instance.
         model: The model that has the parameters, by which they get names where they were given without. The names are
             those without wrappers, such as ``DistributedDataParallel``, ``torch.compile`` or those of PEFT.
         **inner_opt_kwargs: Passed to ``InnerOpt``.
@@ -105,9 +120,10 @@ class ParamTransformingOptimizer(Optimizer):
         TypeError: ``InnerOpt`` is no optimizer, or something is of the wrong type.
         ValueError: ``params`` are missing, a value is out of range, ``param_ndim`` does not fit a parameter, or two
             transforms have the same name, given by ``.named``, and different defaults; or no parameter has a
-            name that matches a pattern of ``masked`` or ``freeze``.
-        UserWarning: A kind of ``partition`` matches no parameter, or a key of a group is the last part of the key of a
-            hyperparameter.
+            name that matches a pattern of ``masked`` or ``freeze``. Or no inner optimizer takes a parameter, two take
+            the same one, or one of several needs a closure, as LBFGS does.
+        UserWarning: A kind of ``partition``, or a key of ``InnerOpt`` or ``groups``, chooses no parameter; or a key of
+            a group is the last part of the key of a hyperparameter.
 
     Example:
         >>> from gradchain import project_l2_ball, sign
@@ -123,6 +139,14 @@ class ParamTransformingOptimizer(Optimizer):
         >>> x.norm()
         tensor(2., grad_fn=<LinalgVectorNormBackward0>)
 
+        >>> from functools import partial
+        >>> from gradchain import clip_by_global_norm
+        >>> model = nn.Linear(2, 3)
+        >>> inner = {"*weight": partial(torch.optim.Muon, lr=0.02), "*": partial(torch.optim.AdamW, lr=3e-4)}
+        >>> optim = ParamTransformingOptimizer(model.named_parameters(), inner, pre=clip_by_global_norm(1.0))
+        >>> [(group["param_names"], group["lr"]) for group in optim.param_groups]
+        [(['weight'], 0.02), (['bias'], 0.0003)]
+
     References:
         rai-toolbox ``ParamTransformingOptimizer``, https://mit-ll-responsible-ai.github.io/responsible-ai-toolbox.
     """
@@ -132,13 +156,14 @@ class ParamTransformingOptimizer(Optimizer):
     update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
+    _overrides: Mapping[Any, Mapping[str, Any]] | None
     _engine: Engine
     _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
         params: Params | None = None,
-        InnerOpt: Optimizer | Callable[..., Optimizer] = SGD,
+        InnerOpt: InnerOptimizers = SGD,
         *,
         pre: Transform | None = None,
         update: Transform | None = None,
@@ -147,54 +172,42 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: float = 1.0,
         grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
+        groups: Mapping[Any, Mapping[str, Any]] | None = None,
         model: nn.Module | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
         numbered = number_chains(chains)
-        inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs)
-        if isinstance(inner_opt, ParamTransformingOptimizer):
+        inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs, groups, model)
+        inner = parts(inner_opt)
+        if any(isinstance(part, ParamTransformingOptimizer) for part in inner):
             raise TypeError(
                 "InnerOpt is a ParamTransformingOptimizer already; put its transforms and yours in one chain(...)"
             )
         # Of an earlier wrapper of the same instance, as when the cell of a notebook runs again.
-        earlier: dict[str, Any] = inner_opt.__dict__.get("_gradchain_defaults", {})
-        require_new(hyperparameters(numbered), inner_opt, earlier)
-        own_defaults = {
-            "param_ndim": param_ndim,
-            "grad_scale": grad_scale,
-            "grad_bias": grad_bias,
-            **hyperparameters(numbered),
-            **(defaults or {}),
-        }
-        own_defaults = {key: as_number(value) for key, value in own_defaults.items()}
-        known = sorted(own_defaults.keys() & (inner_opt.defaults.keys() - earlier.keys() | {"params"}))
-        if known:
-            raise ValueError(
-                f"defaults has the keys {known} of {type(inner_opt).__name__}; pass them as keyword arguments, "
-                f"{', '.join(f'{key}=...' for key in known)}"
-            )
-        groups = [
+        earlier = {key: value for part in inner for key, value in part.__dict__.get(DEFAULTS, {}).items()}
+        options = {"param_ndim": param_ndim, "grad_scale": grad_scale, "grad_bias": grad_bias}
+        joining = own_defaults(numbered, inner_opt, earlier, defaults, **options)
+        kept_groups = [
             {k: v for k, v in group.items() if k not in earlier or not is_same(v, earlier[k])}
             for group in inner_opt.param_groups
         ]
-        completed = [{**own_defaults, **group} for group in groups]
-        for index, group in enumerate(completed):
-            check_group(index, group, numbered)
-        names = Names().joined_by(model, [param for group in groups for param in group["params"]])
-        check_reach(numbered, ParamTable(completed, names).entries, self._hooked_slots)
-        for index, group in enumerate(completed):
-            warn_of_short(index, group.keys() - (inner_opt.defaults.keys() - earlier.keys()), numbered)
-        for group, kept in zip(inner_opt.param_groups, groups, strict=True):
+        names = Names().joined_by(model, [param for group in kept_groups for param in group["params"]])
+        own_keys = defaults_of_any(inner_opt).keys() - earlier.keys()
+        completed = [{**joining, **group} for group in kept_groups]
+        check_setup(completed, numbered, numbered, names, own_keys, self._hooked_slots)
+        for group, kept in zip(inner_opt.param_groups, kept_groups, strict=True):
             group.clear()
             group.update(kept)
-        for key in earlier:
-            inner_opt.defaults.pop(key, None)
-        inner_opt.defaults.update(own_defaults)
+        for part in inner:
+            for key in earlier:
+                part.defaults.pop(key, None)
+            part.defaults.update(joining)
         loaded = TransformStates.taken_out_of(inner_opt)
         attributes = {
             "inner_opt": inner_opt,
-            "_own_defaults": own_defaults,
+            "_own_defaults": joining,
+            "_overrides": groups,
             "_states": TransformStates(),
             "_numbered": (chains, numbered),
             "_names": names,
@@ -260,7 +273,9 @@ class ParamTransformingOptimizer(Optimizer):
         for index, group in enumerate(groups):
             check_group(index, group, numbered)
         check_reach({slot: numbered[slot]}, ParamTable(groups, self._engine.names).entries)
-        for known, updated in zip((self.defaults, *self.param_groups), (defaults, *groups), strict=True):
+        inner = parts(self.inner_opt)
+        pairs = [*zip(self.param_groups, groups, strict=True), *((part.defaults, defaults) for part in inner)]
+        for known, updated in pairs:
             for key in old.keys() - new.keys():
                 known.pop(key, None)
             known.update(updated)
@@ -300,7 +315,7 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if torch.compiler.is_compiling():
-            return self._step_compiled(closure)
+            return step_compiled(self, closure)
         groups = self.inner_opt.param_groups
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
@@ -323,58 +338,6 @@ class ParamTransformingOptimizer(Optimizer):
             step.undo()
             raise
         return loss
-
-    def _step_compiled(self, closure: Callable[[], Any] | None) -> Any:
-        step = None
-        try:
-            # As in torch's own steps: what breaks in a try statement is not compiled, but what it calls is. And a graph
-            # writes in place only if no gradients are recorded from its start on.
-            torch._dynamo.graph_break()
-            step, result = self._begin(closure)
-            if step is not None:
-                with torch.no_grad():
-                    result = self._graph(step, result)
-                self._end(step)
-        except BaseException:
-            if step is not None:
-                step.undo()
-            raise
-        return result
-
-    @_disable_dynamo
-    def _begin(self, closure: Callable[[], Any] | None) -> tuple[Step | None, Any]:
-        """A step to be made as a graph, and what calls the inner one; or None and the result of one that is made.
-
-        What happens once, such as making states, is left out of graphs, and so is what depends on values.
-        """
-        groups = self.inner_opt.param_groups
-        self._complete_groups()
-        if closure is not None or is_dry_run(groups):
-            return None, self._step(closure)
-        step = Step(self._engine)
-        if not step.is_familiar:
-            return None, self._step(closure)
-        if step.skips:
-            try:
-                step.transform_grads()
-            except SkippedStep as skipped:
-                return None, step.skip(skipped)
-        return step, _traceable_step(self.inner_opt)
-
-    def _graph(self, step: Step, inner_step: Callable[..., Any]) -> Any:
-        with torch.no_grad():  # a frame without a word of torch would not be compiled
-            # First of all: what torch knows as tensors of an optimizer needs no guards of its own.
-            step.grads = [param.grad for group in self.inner_opt.param_groups for param in group["params"]]
-            if not step.skips:
-                step.transform_grads()
-            loss = inner_step(self.inner_opt)
-            step.transform_update()
-            step.keep_states()
-        return loss
-
-    @_disable_dynamo
-    def _end(self, step: Step) -> None:
-        step.commit()
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
@@ -462,6 +425,62 @@ class ParamTransformingOptimizer(Optimizer):
         """
         return explain_step(self._engine, self._own_defaults)
 
+    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
+        """What ``monitor``, clips and skips have seen, by name: ``self.log_dict(optimizer.metrics())`` in Lightning.
+
+        The figures of a ``monitor`` are those of the last step in which it looked. ``share_clipped`` is the share of
+        the units (tensors, rows or elements) that a clip made shorter, over the steps since the last call. The first
+        call starts to count, so that nobody pays for it who never asks; what was not counted yet is left out.
+        ``total`` and ``in_a_row`` count the steps that a transform has skipped. The device is waited for once. With
+        shards, clips count the rows that this process has; all else is of the whole.
+
+        Args:
+            per_parameter: Also the figures of each parameter, ``"pre/monitor/norm/fc.weight"``, by name or number.
+
+        Example:
+            >>> from gradchain import chain, clip_by_norm, monitor
+            >>> x = torch.tensor([[3.0, 4.0], [0.3, 0.4]], requires_grad=True)
+            >>> optim = ParamTransformingOptimizer([x], pre=chain(monitor(), clip_by_norm(1.0)), lr=0.0)
+            >>> _ = optim.metrics()
+            >>> x.square().sum().backward()
+            >>> optim.step()
+            >>> metrics = optim.metrics()
+            >>> list(metrics)
+            ['pre/monitor/norm', 'pre/monitor/rms', 'pre/monitor/ratio', 'pre/monitor/zero', 'pre/monitor/nonfinite',
+            'pre/clip_by_norm/share_clipped']
+            >>> metrics["pre/monitor/ratio"], metrics["pre/clip_by_norm/share_clipped"]
+            (2.0, 0.5)
+        """
+        return read_metrics(self._engine, per_parameter=per_parameter)
+
+    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
+        """Give transforms values from outside, such as the loss, which they read in the next step as ``group["loss"]``.
+
+        They are for that step alone: a transform that reads one which was not given again is an error. A second value
+        for the same step replaces the first. With ``step_in_backward``, give them before the backward pass.
+
+        Args:
+            reduce: What counts of the values of all processes of the default group, ``"mean"``, ``"sum"``, ``"min"`` or
+                ``"max"``; then all of them have to call it. None keeps the value of each.
+            **values: Numbers or tensors, which are copied to the device of the first parameter, and not read.
+
+        Raises:
+            TypeError: A value is neither a number nor a tensor.
+            ValueError: The group has such a key already, or there is no such reduction.
+
+        Example:
+            >>> x = torch.tensor([1.0], requires_grad=True)
+            >>> pre = lambda tensor, group: tensor / (1 + group["loss"])
+            >>> optim = ParamTransformingOptimizer([x], pre=pre, lr=1.0)
+            >>> loss = 3 * x.sum()
+            >>> loss.backward()
+            >>> optim.signal(loss=loss)
+            >>> optim.step()
+            >>> x
+            tensor([0.2500], requires_grad=True)
+        """
+        self._engine.signals |= make_signals(values, self.param_groups, reduce)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the ``with`` block, parameters have their averages, from ``param_ema`` or ``lookahead`` in ``post``.
@@ -488,17 +507,22 @@ class ParamTransformingOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
-        self.inner_opt.add_param_group(param_group)
+        before = {id(group) for group in self.param_groups}
         try:
-            last, chains = len(self.param_groups) - 1, self._engine.chains()
-            check_group(last, self.param_groups[-1], chains)
-            new = [entry for entry in self._engine.param_table.entries if entry.position[0] == last]
-            check_reach(chains, new, self._hooked_slots, are_all=False)
-            warn_of_short(last, self.param_groups[-1].keys() - self.defaults.keys(), chains)
+            self.inner_opt.add_param_group(param_group)
+            chains, own_keys = self._engine.chains(), defaults_of_any(self.inner_opt).keys()
+            new = [index for index, group in enumerate(self.param_groups) if id(group) not in before]
+            for index in new:
+                check_group(index, self.param_groups[index], chains)
+            entries = [entry for entry in self._engine.param_table.entries if entry.position[0] in new]
+            check_reach(chains, entries, self._hooked_slots, are_all=False)
+            for index in new:
+                warn_of_short(index, self.param_groups[index].keys() - own_keys, chains)
             self._engine.note_keys()
             self._engine.begin()
         except Exception:
-            del self.param_groups[-1]
+            for part in parts(self.inner_opt):
+                part.param_groups[:] = [group for group in part.param_groups if id(group) in before]
             raise
 
     @torch.no_grad()
@@ -507,7 +531,7 @@ class ParamTransformingOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.complete(state_dict, self._own_defaults)
+        self._engine.complete(state_dict, self._own_defaults, self.inner_opt)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -518,10 +542,10 @@ class ParamTransformingOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults)
+        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults, self.inner_opt)
         self.inner_opt.load_state_dict(bare)
         self._complete_groups()
-        self._engine.load_states(states)
+        self._engine.load_states(states, self.inner_opt)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -541,7 +565,8 @@ class ParamTransformingOptimizer(Optimizer):
         of_engine = ("_states", "_numbered", "_names")
         super().__setstate__({key: value for key, value in state.items() if key not in of_engine})
         self._engine = Engine(self, *map(state.__getitem__, of_engine))
-        self.inner_opt.__dict__["_gradchain_defaults"] = self._own_defaults  # which copies of an optimizer lose
+        for part in parts(self.inner_opt):
+            part.__dict__[DEFAULTS] = self._own_defaults  # which copies of an optimizer lose
         self._complete_groups()
         self._engine.note_keys()
 
@@ -558,26 +583,3 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _repr_html_(self) -> str:
         return show_optimizer(type(self).__name__, self._engine.list_stages(self._chains()), self.inner_opt)
-
-
-_WRAPS_STEPS = inspect.getfile(Optimizer)
-
-
-def _traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
-    """The step of ``optimizer``, if possible without what torch has around it, which ends the graph.
-
-    It serves hooks and the profiler, and switches the recording of gradients off, which has been done by then.
-    """
-    hooks = (
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-        optimizer.__dict__.get("_optimizer_step_pre_hooks"),
-        optimizer.__dict__.get("_optimizer_step_post_hooks"),
-    )
-    step: Any = type(optimizer).step
-    if any(hooks) or profiler._is_profiler_enabled or "step" in optimizer.__dict__:
-        return operator.methodcaller("step")
-    while hasattr(step, "__wrapped__") and step.__code__.co_filename == _WRAPS_STEPS:
-        step = step.__wrapped__
-    unwrapped: Callable[..., Any] = step
-    return unwrapped

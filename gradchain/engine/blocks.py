@@ -18,6 +18,7 @@ from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
     CONTEXT,
+    COUNT,
     NUMBER,
     STATE,
     VALUE,
@@ -178,7 +179,7 @@ class Programs(Operation):
         start, _, key = name.partition(":")
         item = self.items[numbers[0]]
         if start + ":" in (NUMBER, VALUE):
-            return lambda work: item.group[key]
+            return lambda work: item.value(key)
         if start + ":" == CONSTANT:
             constant = trace.constants[name]
             return lambda work: constant
@@ -189,6 +190,9 @@ class Programs(Operation):
                 if key.startswith(path) and key[len(path) :] in view
             )
             return lambda work: work.views[path][name]
+        if start + ":" == COUNT:
+            counters = tuple((self.items[number].counts or {})[key] for number in numbers)
+            return lambda work: counters[0] if single else counters
         if start + ":" == STATE:
             states = tuple(local_part(self.items[number].states[key]) for number in numbers)
             return lambda work: states[0] if single else states

@@ -11,12 +11,15 @@ from operator import eq
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._units import list_stages
 from gradchain.broadcast import broadcast
 from gradchain.chain import Chain
 from gradchain.contract import Group
+from gradchain.engine.by_name import add_names, arrange_by_name
+from gradchain.engine.combined import defaults_of_any, name_of
 from gradchain.engine.forms import like_without_memory
 from gradchain.engine.groups import (
     check_group,
@@ -32,7 +35,7 @@ from gradchain.engine.names import Names
 from gradchain.engine.operations import SlotTensor
 from gradchain.engine.plan import Plan, SlotPlans
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.states import SLOTS, ByParam, ParamEntry, ParamTable, TransformStates
 
 T = TypeVar("T")
 
@@ -111,6 +114,12 @@ class Engine:
         self._param_table: ParamTable | None = None
         self._is_settled = True
         """Whether the states are known to fit the chains."""
+        self.signals: dict[str, Tensor] = {}
+        """The values from outside for the next step."""
+        self.steps = 0
+        """How many have been made."""
+        self.counts: ByParam | None = None
+        """What stages count, once someone has asked."""
         self.chains()
         self.note_keys()
 
@@ -122,6 +131,21 @@ class Engine:
     def owner(self) -> Owner:
         """What the chains belong to."""
         return self._owner()
+
+    def trial(self, *, fused: bool = True) -> Engine:
+        """One that does the same with copies of the states."""
+        engine = Engine(self.owner, self.states.copy(), self.numbered, self.names, fused=fused)
+        engine.signals = dict(self.signals)
+        return engine
+
+    def start_counting(self) -> None:
+        """Let the stages count from now on how often they act."""
+        if self.counts is None:
+            self.counts, self._plans = {}, None
+
+    def have_grads(self) -> list[bool]:
+        """Which parameters had a gradient in the last step, as far as it is known."""
+        return [True] * len(self.param_table.params) if self._plans is None else self._plans.have_grads
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -143,7 +167,7 @@ class Engine:
             found = self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
             for keys, known in zip((dropped, rounded), found, strict=True):
                 keys += sorted(known)
-        loaded = f"{type(inner_opt).__name__} has loaded states of transforms among its own"
+        loaded = f"{name_of(inner_opt)} has loaded states of transforms among its own"
         if dropped:
             warnings.warn(
                 f"{loaded}, of which {dropped} do not fit the chains that it has now, and are dropped; transforms "
@@ -213,18 +237,28 @@ class Engine:
             for slot, transforms in chains.items()
         }
 
-    def read_state_dict(self, state_dict: Group, defaults: Group) -> tuple[TransformStates, Group]:
+    def entries_of(self, optimizer: Optimizer) -> list[ParamEntry]:
+        """The parameters that an optimizer has, which is the inner one, or one of several."""
+        groups = set(map(id, optimizer.param_groups))
+        return [entry for entry in self.param_table.entries if id(entry.group) in groups]
+
+    def read_state_dict(
+        self, state_dict: Group, defaults: Group, optimizer: Optimizer
+    ) -> tuple[TransformStates, Group]:
         """The states in a state dict, and the state dict without them; or raise where either does not fit."""
-        owner, entries = self.owner, self.param_table.entries
+        owner, entries = self.owner, self.entries_of(optimizer)
+        if "param_groups" in state_dict:
+            state_dict = arrange_by_name(state_dict, optimizer.param_groups, entries)
         states, bare = TransformStates.split(state_dict, entries)
-        groups = dict(enumerate(owner.param_groups))
-        for index, saved in zip(groups, bare.get("param_groups", ()), strict=False):
-            groups[index] = {**defaults, **saved, "params": groups[index]["params"]}
-            check_group(index, groups[index], self.chains())
-        entries = [entry._replace(group=groups[entry.position[0]]) for entry in entries]
+        loaded = {id(group): group for group in owner.param_groups}
+        for group, saved in zip(optimizer.param_groups, bare.get("param_groups", ()), strict=False):
+            loaded[id(group)] = {**defaults, **saved, "params": group["params"]}
+        for index, group in enumerate(loaded.values()):
+            check_group(index, group, self.chains())
+        entries = [entry._replace(group=loaded[id(entry.group)]) for entry in entries]
         check_reach(self.chains(), entries, owner._hooked_slots, are_all=False)
         states.require_fit({slot: self.stage(slot) for slot in SLOTS}, entries)
-        warn_of_unread(owner.param_groups, bare.get("param_groups", ()), defaults)
+        warn_of_unread(optimizer.param_groups, bare.get("param_groups", ()), defaults)
         return states, bare
 
     def note_keys(self) -> None:
@@ -239,7 +273,7 @@ class Engine:
         for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
             new = set(group).difference(known)
             require_known(index, new, self.chains())
-            warn_of_short(index, new - self.owner.inner_opt.defaults.keys(), self.chains())
+            warn_of_short(index, new - defaults_of_any(self.owner.inner_opt).keys(), self.chains())
         self.note_keys()
 
     def set_names(self, names: Names) -> None:
@@ -247,9 +281,11 @@ class Engine:
         self.names = names
         self._param_table = self._plans = None
 
-    def load_states(self, states: TransformStates) -> None:
-        """Go on with states that were loaded, after the inner optimizer has loaded its own."""
-        self.reset(states)
+    def load_states(self, states: TransformStates, optimizer: Optimizer) -> None:
+        """Go on with states that were loaded, after the optimizer that they belong to has loaded its own."""
+        own = {entry.param for entry in self.entries_of(optimizer)}
+        others = {param: state for param, state in self.states.by_param.items() if param not in own}
+        self.reset(TransformStates({**others, **states.by_param}))
         self.begin()
         self._share_loaded()
 
@@ -262,15 +298,17 @@ class Engine:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
         return self.synced_states().averaged(self.stage("post"), self.param_table.entries)
 
-    def complete(self, state_dict: Group, defaults: Group) -> None:
-        """Put the states into a state dict of the inner optimizer, and the keys that its groups lack."""
+    def complete(self, state_dict: Group, defaults: Group, optimizer: Optimizer) -> None:
+        """Put the states into a state dict of an optimizer, and the keys that its groups lack."""
         complete_groups(state_dict.get("param_groups", ()), defaults)
-        entries, states = self.param_table.entries, self.synced_states()
+        states, entries = self.synced_states(), self.entries_of(optimizer)
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)
             begun = [m for m in entries if any(key.startswith(f"{slot}.") for key in states.of(m))]
             states.start(slot, stage, begun)
         states.add_to(state_dict, entries)
+        if "param_groups" in state_dict:
+            add_names(state_dict, entries)
 
     def drop_states_of_others(self, slot: str) -> None:
         """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
@@ -343,6 +381,8 @@ class Engine:
                     is_transformed=takes,
                     is_new=entry.param in self.states.new,
                     place=entry.place(),
+                    signals=self.signals,
+                    counts=None if self.counts is None else self.counts.setdefault(entry.param, {}),
                 )
             )
         plan = Plan(slot, stage, items, fused=self.fused)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._ranges import as_number
@@ -16,54 +15,20 @@ from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
 from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate
+from gradchain.engine.combined import defaults_of_any, name_of
 from gradchain.stage import merge_hyperparameters, number_keys, require_transform
-
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 ATTACHED = "_gradchain_attached"
 """The attribute by which an optimizer knows what is attached to it."""
+
+DEFAULTS = "_gradchain_defaults"
+"""The attribute by which an inner optimizer knows which keys joined its groups."""
 
 OF_OTHERS = {"params", "param_names", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 """Keys of groups that are no hyperparameters of transforms: torch and its schedulers add them."""
 
 OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 """Keys that an adapter adds for all transforms, or beside them."""
-
-
-def make_inner(
-    params: Params | None, InnerOpt: Optimizer | Callable[..., Optimizer], kwargs: dict[str, Any]
-) -> Optimizer:
-    """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``."""
-    if isinstance(params, Optimizer):
-        raise TypeError(
-            f"params must be parameters, got an optimizer, {type(params).__name__}; to put transforms "
-            "around it, give it by keyword: ParamTransformingOptimizer(InnerOpt=...)"
-        )
-    if isinstance(params, nn.Module):
-        raise TypeError(f"params must be parameters, got a module, {type(params).__name__}; give named_parameters()")
-    if isinstance(InnerOpt, Optimizer):
-        if params is not None or kwargs:
-            given = ["params"] * (params is not None) + sorted(kwargs)
-            raise TypeError(
-                f"InnerOpt is an instance of {type(InnerOpt).__name__} already; leave out {', '.join(given)}"
-            )
-        if ATTACHED in InnerOpt.__dict__:
-            raise TypeError(
-                f"InnerOpt, {type(InnerOpt).__name__}, has attached transforms; call remove() on what attach returned, "
-                "and put them in one chain(...) with yours"
-            )
-        inner_opt = InnerOpt
-    else:
-        factory = InnerOpt.func if isinstance(InnerOpt, functools.partial) else InnerOpt
-        if not (isinstance(factory, type) and issubclass(factory, Optimizer)):
-            raise TypeError(
-                "InnerOpt must be a torch.optim.Optimizer type, a functools.partial of one or an instance, "
-                f"got {InnerOpt!r}"
-            )
-        if params is None:
-            raise ValueError(f"params are needed to make the inner optimizer, {factory.__name__}; got None")
-        inner_opt = InnerOpt(params, **kwargs)
-    return inner_opt
 
 
 def make_chains(**slots: Transform | None) -> dict[str, Chain]:
@@ -90,14 +55,37 @@ def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
 
 def require_new(values: Mapping[str, Any], optimizer: Optimizer, own: Mapping[str, Any]) -> None:
     """Raise where a hyperparameter has a key of ``optimizer``, beside the keys that adapters gave it, its ``own``."""
+    defaults = defaults_of_any(optimizer)
     for key, value in values.items():
         # Keys with a dot are ours, and so are equal values in a copy of an optimizer that has transforms attached.
-        known = "." not in key and key in optimizer.defaults and key not in own
-        if known and not is_same(value, optimizer.defaults[key]):
+        known = "." not in key and key in defaults and key not in own
+        if known and not is_same(value, defaults[key]):
             raise ValueError(
-                f'the key "{key}" of a hyperparameter is one of {type(optimizer).__name__} already; choose another '
+                f'the key "{key}" of a hyperparameter is one of {name_of(optimizer)} already; choose another '
                 "with .named, or give FROM_GROUP in place of the default, to read what the group has"
             )
+
+
+def own_defaults(
+    chains: Mapping[str, Chain],
+    optimizer: Optimizer,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The keys that join the groups of ``optimizer``: ``options``, hyperparameters and what the user has ``given``.
+
+    Raise where one of them is a key of ``optimizer``, beside the keys that adapters gave it before, its ``own``.
+    """
+    require_new(hyperparameters(chains), optimizer, own)
+    known = sorted((given or {}).keys() & (defaults_of_any(optimizer).keys() - own.keys() | {"params"}))
+    if known:
+        raise ValueError(
+            f"defaults has the keys {known} of {name_of(optimizer)}; give them to the optimizer itself, as keyword "
+            "arguments or in its param groups"
+        )
+    joining = {**options, **hyperparameters(chains), **(given or {})}
+    return {key: as_number(value) for key, value in joining.items()}
 
 
 def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:

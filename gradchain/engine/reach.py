@@ -13,7 +13,9 @@ from gradchain._ranges import as_number
 from gradchain.broadcast import Broadcast, broadcast, sub_ndim
 from gradchain.chain import Chain
 from gradchain.contract import Group, locate
-from gradchain.engine.states import ParamEntry
+from gradchain.engine.groups import check_group, warn_of_short
+from gradchain.engine.names import Names
+from gradchain.engine.states import ParamEntry, ParamTable
 from gradchain.masked import Masked, Partition, matches
 from gradchain.stage import Combinator, Stage
 
@@ -44,6 +46,31 @@ def check_reach(
             raise
     if reach.unmatched:
         warnings.warn("; ".join(reach.unmatched), stacklevel=3)
+
+
+def check_setup(
+    groups: Sequence[Group],
+    chains: Mapping[str, Chain],
+    new: Mapping[str, Chain],
+    names: Names,
+    own_keys: Collection[str],
+    hooked: Collection[str] = (),
+) -> None:
+    """Raise or warn where groups, as they would be, do not fit the chains.
+
+    Args:
+        groups: The groups, with all keys.
+        chains: The chain of each slot.
+        new: The chains, or the parts of them, that were not there before.
+        names: The names of the parameters.
+        own_keys: The keys of the inner optimizer.
+        hooked: The slots that have a hook.
+    """
+    for index, group in enumerate(groups):
+        check_group(index, group, chains)
+    check_reach(new, ParamTable(groups, names).entries, hooked)
+    for index, group in enumerate(groups):
+        warn_of_short(index, group.keys() - own_keys, new)
 
 
 class _Reach:

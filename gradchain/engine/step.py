@@ -13,6 +13,7 @@ from torch._utils import _flatten_dense_tensors
 
 from gradchain._sharding import gather, is_distributed, local
 from gradchain.contract import Group, locate
+from gradchain.engine.combined import parts
 from gradchain.engine.engine import Engine
 from gradchain.engine.groups import describe
 from gradchain.engine.operations import Pass, SkippedStep
@@ -30,7 +31,7 @@ class Step:
         self.param_table = engine.param_table
         self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
-        self.inner_state: Any = None
+        self.inner_states: list[Any] | None = None
         self.cannot_raise = not with_closure and self.make_plans().cannot_raise and not self.owner._hooked_slots
         self.before: list[Tensor] = []
         if self.owner.update or (not self.cannot_raise and self._can_fail_late(with_closure)):
@@ -103,12 +104,15 @@ class Step:
                 skipped.loss = loss
                 raise
             plan = None if self.plans is None else self.plans.get("pre")
-            if self.inner_state is None and plan is not None and plan.skips:
-                # A later evaluation may be the bad one.
-                self.inner_state = self.engine.states.copy_beside(self.owner.inner_opt.state)
+            if self.inner_states is None and plan is not None and plan.skips:
+                self.keep_inner_state()
             return loss
 
         return evaluate
+
+    def keep_inner_state(self) -> None:
+        """Keep what the inner optimizer remembers, for the case that a later evaluation ends the step."""
+        self.inner_states = [self.engine.states.copy_beside(part.state) for part in parts(self.owner.inner_opt)]
 
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
@@ -149,26 +153,32 @@ class Step:
     def commit(self) -> None:
         """Keep the new states, and show them to the inner optimizer."""
         self.keep_states()
+        self.engine.steps += 1
+        self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()
         self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the parameters back the values that they had, where they can have moved."""
+        """Give the parameters back the values that they had, where they can have moved; signals were for this step."""
+        self.engine.signals.clear()
         for param, value in zip(self.param_table.params, self.before, strict=False):
             param.copy_(value)
 
     def skip(self, skipped: SkippedStep) -> Any:
         """Undo all but the counters."""
         self.undo()
-        if self.inner_state is not None:
-            self.owner.inner_opt.state.clear()  # in place: others may hold it
-            self.owner.inner_opt.state.update(self.inner_state)
+        if self.inner_states is not None:
+            for part, kept in zip(parts(self.owner.inner_opt), self.inner_states, strict=True):
+                part.state.clear()  # in place: others may hold it
+                part.state.update(kept)
         skipped.keep_counters()
         return skipped.loss
 
     def _run(self, plan: Plan, tensors: list[Any], context: dict[str, list[Any]]) -> None:
-        self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise))
+        # In a graph the number would be fixed.
+        number = 1 if torch.compiler.is_compiling() else self.engine.steps + 1
+        self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise, step=number))
 
     def _run_hooks(self, slot: str) -> None:
         for entry in self.param_table.entries if slot in self.owner._hooked_slots else ():

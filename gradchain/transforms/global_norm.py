@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradchain._norms import norm, norms
 from gradchain._sharding import by_kind, collect, is_distributed, local
+from gradchain.bound import counted
 from gradchain.contract import Group
 from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, shorten
@@ -41,6 +42,7 @@ def global_norm(tensor: Tensor, group: Group) -> Tensor:
     return length
 
 
+@counted
 @transform(acts_on="element", measure=measure_global_norm, measures_shards=True)
 def clip_by_global_norm(
     tensor: Tensor, group: Group, max_norm: Annotated[float, Gt(0)], *, ord: Annotated[float, Gt(0)] = 2.0

@@ -320,7 +320,7 @@ def test_it_prints_as_the_call() -> None:
         line for slot, each in stages.items() for line in (f"  {slot}=chain(", *(f"    {s}," for s in each), "  ),")
     ]
     assert lines == ["attach(", "  SGD,", *slots, ")"]
-    assert (handle.optimizer, handle.pre, handle.update) == (optimizer, chain(clip_by_norm(1.0)), chain())
+    assert (handle.optimizers, handle.pre, handle.update) == ([optimizer], chain(clip_by_norm(1.0)), chain())
     assert handle.defaults == {"param_ndim": -1, "clip_by_norm.max_norm": 1.0, "clamp.min": None, "clamp.max": 1}
     handle.remove()
     assert repr(handle) == "attach(SGD, pre=chain(clip_by_norm(max_norm=1.0)), post=chain(clamp(max=1), sign()))"
@@ -575,7 +575,11 @@ def test_averages() -> None:
             "pre: stage 0, normalize.*: group 0, parameter 1 of shape .4,., torch.float32: param_ndim=2 needs",
         ),
         ({"param_ndim": 1.0}, TypeError, "group 0: param_ndim must be an int or None, got 1.0"),
-        ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; set them in its param groups"),
+        (
+            {"defaults": {"lr": 0.1}},
+            ValueError,
+            r"defaults has the keys \['lr'\] of SGD; give them to the opt",
+        ),
         ({"defaults": {"clamp.max": -2}, "post": clamp(-1, 1)}, ValueError, "post, group 0: stage 0, clamp"),
         (
             {"pre": clamp(-1, 1).named("a"), "post": clamp(0, 1).named("a")},

@@ -87,6 +87,7 @@ CHAINS: list[dict[str, Any]] = [
     {"post": gc.masked(lambda tensor, group: tensor / 2, torch.tensor(True))},
     # found: 39
     {"pre": gc.chain(gc.add_noise(0.1), gc.dropout(0.5)), "update": gc.add_noise(0.1, seed=1)},
+    {"pre": gc.chain(gc.monitor(), gc.clip_by_norm(0.5)), "update": gc.monitor(), "post": gc.monitor()},
     {"pre": gc.amplify_slow(2.0, 0.9), "update": gc.with_error_feedback(gc.sign()), "post": gc.lookahead(2, 0.5)},
 ]
 
@@ -113,6 +114,27 @@ def test_one_graph_as_of_the_inner_optimizer(chains: dict[str, Any], InnerOpt: A
     breaks, graphs = compare(lambda params: ParamTransformingOptimizer(params, InnerOpt, lr=0.1, **chains))
     assert breaks <= compile_bare(InnerOpt)[0]
     assert graphs == compile_bare(InnerOpt)[1] == 1
+
+
+def test_signals_and_counts_need_one_graph() -> None:
+    def signal(optimizer: Any, number: int) -> None:
+        optimizer.metrics()
+        optimizer.signal(loss=torch.tensor(float(number)))
+
+    pre = gc.chain(lambda tensor, group: tensor * group["loss"], gc.clip_by_norm(0.5), gc.clip_by_global_norm(0.5))
+    breaks, graphs = compare(lambda params: ParamTransformingOptimizer(params, Adam, lr=0.1, pre=pre), signal)
+    assert breaks <= compile_bare(Adam)[0]
+    assert graphs == 1
+
+
+def test_one_graph_of_several_optimizers() -> None:
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        inner = [RMSprop(params[:1], lr=0.1), Adam(params[1:], lr=0.1)]
+        return ParamTransformingOptimizer(InnerOpt=inner, pre=gc.clip_by_global_norm(0.5), post=gc.clamp(-1, 1))
+
+    breaks, graphs = compare(make)
+    assert breaks <= compile_bare(Adam)[0]
+    assert graphs == 1
 
 
 def test_what_is_read_on_the_host_runs_before_the_graph() -> None:

@@ -127,7 +127,11 @@ def test_groups_state_and_defaults_are_those_of_the_inner_optimizer() -> None:
         ({"param_ndim": True}, TypeError, "group 0: param_ndim must be an int or None, got True"),
         ({"grad_scale": "2"}, TypeError, "group 0: grad_scale must be a number, got '2'"),
         ({"grad_bias": None}, TypeError, "group 0: grad_bias must be a number, got None"),
-        ({"defaults": {"lr": 0.1}}, ValueError, r"defaults has the keys \['lr'\] of SGD; pass them as keyword .* lr="),
+        (
+            {"defaults": {"lr": 0.1}},
+            ValueError,
+            r"defaults has the keys \['lr'\] of SGD; give them to the opt",
+        ),
         ({"defaults": {"clamp.min": "a"}, "post": clamp(-1, 1)}, TypeError, "post, group 0: stage 0, clamp.*clamp.min"),
         (
             {"pre": clamp(-1, 1).named("a"), "post": chain(sign(), clamp(0, 1).named("a"))},
@@ -162,7 +166,7 @@ def test_bad_group() -> None:
     "make",
     [
         lambda inner: ParamTransformingOptimizer(InnerOpt=inner, pre=scale(2.0)),
-        lambda inner: attach(inner, pre=scale(2.0)).optimizer,
+        lambda inner: attach(inner, pre=scale(2.0)).optimizers[0],
     ],
 )
 def test_differentiable_inner_optimizer(make: Callable[[Optimizer], Optimizer], in_group: bool) -> None:
