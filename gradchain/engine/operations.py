@@ -124,6 +124,8 @@ class Operation(ABC):
     precedes_skip = False
     reads_params = True
     """Whether it can read ``group["param"]``."""
+    depends: Sequence[Callable[[], bool]] = ()
+    """Whether what it depends on besides the tensors is as it was."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
@@ -148,10 +150,6 @@ class Operation(ABC):
         """What runs, as lines of comments and of code."""
         places = "; ".join(": ".join(part.places) for part in self.parts)
         return [" ".join(f"# {self.slot}: {places}: {self.describe()}".split())]
-
-    def holds(self) -> bool:
-        """Whether what it depends on besides the tensors is as it was."""
-        return True
 
     def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
         """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
@@ -257,9 +255,6 @@ class Gathering(AsItIs):
         super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
-
-    def holds(self) -> bool:
-        return all(holds() for holds in self.depends)
 
     def context_of(self, number: int) -> Iterable[str]:
         traced = self.traced[number]
