@@ -1,7 +1,5 @@
 """The attacks of ``docs/how-to/attack-images.md``, against libraries of attacks."""
 
-import doctest
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "attack-images.md"
+from tests.frameworks.common import code_of
+
 RADIUS, LR, STEPS = 0.1, 0.03, 7
 
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
-    """The names that the code of the page defines."""
-    names: dict[str, Any] = {}
-    for example in doctest.DocTestParser().get_examples(PAGE.read_text(encoding="utf-8")):
-        exec(compile(example.source, PAGE.name, "single"), names)
-    return names
+    return code_of("how-to/attack-images.md")
 
 
 @pytest.fixture
