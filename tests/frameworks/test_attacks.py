@@ -36,7 +36,9 @@ def foolbox(name: str, *problem: Any, **options: Any) -> Tensor:
     foolbox = pytest.importorskip("foolbox")
     model, images, labels = problem
     attack = getattr(foolbox.attacks, name)(**options)
-    attacked: Tensor = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), images, labels, epsilons=RADIUS)[1]
+    attacked: Tensor = attack(
+        foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), images, labels, epsilons=RADIUS
+    )[1]
     return attacked
 
 

@@ -460,7 +460,9 @@ def test_errors(call: Callable[[], object], error: type[Exception], message: str
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("bounds", [(-1.0, tensor([0.0, 0.0, 4.0])), (tensor([0.0, -1.0, 0.0]), 1.0), (-T.abs(), T.abs())])
+@pytest.mark.parametrize(
+    "bounds", [(-1.0, tensor([0.0, 0.0, 4.0])), (tensor([0.0, -1.0, 0.0]), 1.0), (-T.abs(), T.abs())]
+)
 @pytest.mark.parametrize("slot", ["pre", "post"])
 def test_a_number_and_a_tensor_as_bounds(count: int, bounds: tuple[Any, Any], slot: str) -> None:
     params = [nn.Parameter(T.clone()) for _ in range(count)]
