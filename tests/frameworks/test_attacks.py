@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradchain import Transform, chain, project_ball_around_reference, sign, trace
 from tests.frameworks.common import code_of
 
 RADIUS, LR, STEPS = 0.1, 0.03, 7
@@ -55,6 +56,26 @@ def test_pgd_from_a_random_start(page: dict[str, Any], problem: Any) -> None:
     torch.testing.assert_close(ours, theirs("PGD", *problem, eps=RADIUS, alpha=LR, steps=STEPS))
 
 
+def in_ball(page: dict[str, Any], problem: Any, start: Tensor, steps: int, pre: Transform | None = None) -> Tensor:
+    bounds = project_ball_around_reference(RADIUS, reference=problem[1], ord=torch.inf, lower=0, upper=1)
+    attacked: Tensor = page["attack"](*problem, start, pre=pre or sign(), post=bounds, lr=LR, steps=steps)
+    return attacked
+
+
+def test_one_step_from_a_random_start(page: dict[str, Any], problem: Any) -> None:
+    torch.manual_seed(1)
+    expected = theirs("FFGSM", *problem, eps=RADIUS, alpha=LR)
+    torch.manual_seed(1)
+    start = (problem[1] + torch.randn_like(problem[1]).uniform_(-RADIUS, RADIUS)).clamp(0, 1)
+    torch.testing.assert_close(in_ball(page, problem, start, 1), expected)
+
+
+def test_bim(page: dict[str, Any], problem: Any) -> None:
+    ours = in_ball(page, problem, problem[1], STEPS)
+    torch.testing.assert_close(ours, theirs("BIM", *problem, eps=RADIUS, alpha=LR, steps=STEPS))
+    torch.testing.assert_close(ours, foolbox("LinfBasicIterativeAttack", *problem, abs_stepsize=LR, steps=STEPS))
+
+
 @pytest.mark.parametrize("radius", [RADIUS, 1.0])
 def test_pgd_l2(page: dict[str, Any], problem: Any, radius: float) -> None:
     ours = page["pgd_l2"](*problem, radius=radius, lr=LR, steps=STEPS)
@@ -69,6 +90,12 @@ def test_pgd_l2(page: dict[str, Any], problem: Any, radius: float) -> None:
 def test_mi_fgsm(page: dict[str, Any], problem: Any, decay: float) -> None:
     ours = page["mi_fgsm"](*problem, radius=RADIUS, lr=LR, steps=STEPS, decay=decay)
     torch.testing.assert_close(ours, theirs("MIFGSM", *problem, eps=RADIUS, alpha=LR, steps=STEPS, decay=decay))
+
+
+def test_momentum_of_plain_gradients(page: dict[str, Any], problem: Any) -> None:
+    ours = in_ball(page, problem, problem[1], STEPS, chain(trace(0.5), sign()))
+    options = {"abs_stepsize": LR, "steps": STEPS, "momentum": 0.5, "random_start": False}
+    torch.testing.assert_close(ours, foolbox("MIFGSM", *problem, **options))
 
 
 def test_frank_wolfe(page: dict[str, Any], problem: Any) -> None:
