@@ -92,8 +92,8 @@ def test_mi_fgsm(page: dict[str, Any], problem: Any, decay: float) -> None:
     torch.testing.assert_close(ours, theirs("MIFGSM", *problem, eps=RADIUS, alpha=LR, steps=STEPS, decay=decay))
 
 
-def test_momentum_of_plain_gradients(page: dict[str, Any], problem: Any) -> None:
-    ours = in_ball(page, problem, problem[1], STEPS, chain(trace(0.5), sign()))
+def test_momentum_of_signs(page: dict[str, Any], problem: Any) -> None:
+    ours = in_ball(page, problem, problem[1], STEPS, chain(sign(), trace(0.5), sign()))
     options = {"abs_stepsize": LR, "steps": STEPS, "momentum": 0.5, "random_start": False}
     torch.testing.assert_close(ours, foolbox("MIFGSM", *problem, **options))
 
