@@ -168,6 +168,9 @@ class Writer(Values):
             name = self._use_reciprocal(index, call, name, texts, arguments[1][1])
         position = self._target(index, call, arguments) if kind is Kind.EACH and not options else None
         has_method = name in FOREACH or name == "clamp"
+        if name == "clamp" and len({bound is Kind.NUMBER for text, bound in arguments[1:] if text != "None"}) == 2:
+            self._write_mixed_clamp(call, texts, kind, in_place=position == 0)
+            return
         if position is not None and has_method and (position == 0 or name in COMMUTATIVE):
             others = [text for place, text in enumerate(texts) if place != position]
             in_place = f"{texts[position]}.{name}_({', '.join(others)})"
@@ -187,6 +190,16 @@ class Writer(Values):
             self.lines.append(f"{self.names[result]} = torch.{name}({', '.join(given)})")
         else:
             self._write_generic(index, call, name, arguments, options, kind)
+
+    def _write_mixed_clamp(self, call: Call, texts: list[str], kind: Kind, *, in_place: bool) -> None:
+        """With a number and a tensor as bounds, which torch does not take together."""
+        text, lower, upper = texts
+        if in_place:
+            self.lines.append(f"{text}.clamp_min_({lower})")
+            self._take(call.results[0], call.args[0].number)
+        else:
+            self._assign(call, f"torch.clamp_min({text}, {lower})", kind)
+        self.lines.append(f"{self.names[call.results[0]]}.clamp_max_({upper})")
 
     def _write_list(
         self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any]
@@ -223,7 +236,8 @@ class Writer(Values):
                 self.lines.append(f"{self.names[result]} = torch._foreach_{name}({', '.join([*texts, *extra])})")
                 return
         if name == "clamp" and first_is_list and not options:
-            self._write_clamp(index, call, texts)
+            shared = [f"[{text}] * len({texts[0]})" if kind is Kind.SHARED else text for text, kind in arguments[1:]]
+            self._write_clamp(index, call, [texts[0], *shared])
         elif name == "norm" and first_is_list and self._shape(result) == () and not options and len(arguments) <= 2:
             function = "norms" if self._has_long_norms(index) else "torch._foreach_norm"
             self._assign(call, f"{function}({', '.join(texts)})", Kind.EACH)
