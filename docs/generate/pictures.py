@@ -174,7 +174,8 @@ def _over_steps(shown: Sequence[str], values: Tensor, label: str) -> Figure:
 def matrix(shown: Sequence[str]) -> Figure:
     """A matrix before and after, as colours."""
     x = torch.randn(6, 8) * torch.tensor([0.2, 0.5, 1, 1, 2, 0.3]).unsqueeze(1)
-    colours = LinearSegmentedColormap.from_list("signed", ["#2f7fd6", "#2f7fd600", "#e8590c00", "#e8590c"])
+    stops = [(0, "#2f7fd6"), (0.5, "#2f7fd600"), (0.5, "#e8590c00"), (1, "#e8590c")]
+    colours = LinearSegmentedColormap.from_list("signed", stops)
     figure, axes = panels(["x", *shown], ratio=1.1)
     for axis, values in zip(axes, [x, *(evaluate(call, x=x) for call in shown)], strict=True):
         largest = values.abs().max().item()
