@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 TESTS ?= --ignore=tests/frameworks
+WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
 
@@ -11,8 +12,9 @@ COUNT ?= 1000
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
 
+# Each worker has one thread, since more would wait for each other.
 test: $(VENV)/done
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
 fuzz: $(VENV)/done
 	$(BIN)/python -W error -m tests.differential $(SEED) $(COUNT)

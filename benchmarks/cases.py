@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.sides import MakeSide, Ours, adam, as_one
+from benchmarks.sides import MakeSide, Ours, adam, as_one, sgd
 from benchmarks.workloads import (
     ALL,
     GPT2,
@@ -32,6 +32,7 @@ from gradchain import (
     clamp,
     clip_by_global_norm,
     clip_by_norm,
+    monitor,
     normalize,
     project_box,
     project_l2_ball,
@@ -75,6 +76,7 @@ def timed(device: str) -> Iterator[Case]:
     yield from _norms()
     yield from _several()
     yield from _own_functions()
+    yield from _monitored()
     yield from _rai_toolbox()
     yield from _growth([alike(count, 16, 16) for count in (500, 1000, 2000, 4000)], {"4000 of 16x16": 2.1})
     yield from _growth([one_of_megabytes(size) for size in (1, 4, 16, 64)], {})
@@ -126,6 +128,13 @@ def _norms() -> Iterator[Case]:
         yield Case(
             "clip_by_global_norm(1), Adam", workload, ours, "clip_grad_norm_ + step", peers.clip_grad_norm(), 1.02
         )
+
+
+def _monitored() -> Iterator[Case]:
+    for name, inner in (("SGD", sgd), ("Adam", adam)):
+        yield Case(f"monitor(), {name}", GPT2, Ours(monitor(), inner=inner), "without", Ours(inner=inner))
+        ours, theirs = Ours(monitor(every=50), inner=inner, times=50), Ours(inner=inner, times=50)
+        yield Case(f"50 steps of monitor(every=50), {name}", GPT2, ours, "without", theirs, 1.05)
 
 
 def _several() -> Iterator[Case]:
@@ -202,5 +211,6 @@ MEMORY = (
     MemoryCase("memory: clip_by_norm(1), scale(0.9)", Ours(chain(clip_by_norm(1.0), scale(0.9)))),
     MemoryCase("memory: clip_by_global_norm(1), Adam", Ours(clip_by_global_norm(1.0), inner=adam)),
     MemoryCase("memory: normalize(), project_l2_ball", Ours(normalize(), project_l2_ball(RADIUS), param_ndim=-1)),
+    MemoryCase("memory: monitor()", Ours(monitor())),
     MemoryCase("memory: clamp, project_box", Ours(clamp(-1.0, 1.0), project_box(-1.0, 1.0))),
 )

@@ -71,6 +71,7 @@ class Ours:
     param_ndim: int | None = None
     inner: MakeOptimizer = sgd
     steps: bool = True  # or only transforms gradients
+    times: int = 1  # so many steps are timed as one
 
     def __call__(self, gradients: list[Tensor]) -> TorchSide:
         """The side with these gradients."""
@@ -79,7 +80,8 @@ class Ours:
     def make_step(self, params: list[Tensor]) -> Step:
         """What makes a step of ``params``."""
         optimizer = self.wrap(self.inner(params))
-        return optimizer.step if self.steps else optimizer._apply_pre_step_transform_
+        step: Step = optimizer.step if self.steps else optimizer._apply_pre_step_transform_
+        return step if self.times == 1 else lambda: [step() for _ in range(self.times)]
 
     def wrap(self, inner: Optimizer) -> ParamTransformingOptimizer:
         """The chains around an instance."""

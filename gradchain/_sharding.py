@@ -127,7 +127,7 @@ def is_placed_like(value: Any, tensor: Any, split: int) -> bool:
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Lists of those that have elements, one dtype and one distribution; a sum over processes is added up first."""
+    """Lists of those that have elements, one dtype, device and distribution; a sum of processes is added up first."""
     lists: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() > 0:
@@ -137,16 +137,16 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
                 place = distributed.device_mesh, distributed.placements
                 if is_partial(distributed):
                     tensor, place = gather(tensor), None
-            lists.setdefault((tensor.dtype, place), []).append(tensor)
+            lists.setdefault((tensor.dtype, tensor.device, place), []).append(tensor)
     return list(lists.values())
 
 
 def collect(value: Tensor, like: Any) -> Tensor:
-    """A number of each process, in one tensor; one for those that have the same part of ``like``."""
+    """What each process has, in one tensor with a new first dimension; one of those that have the same of ``like``."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in like.placements]
-    each = DTensor.from_local(value.reshape(1), like.device_mesh, placements, run_check=False)
+    each = DTensor.from_local(value.unsqueeze(0), like.device_mesh, placements, run_check=False)
     collected: Tensor = each.full_tensor()
     return collected
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import (
     Any,
     Literal,
@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from gradchain._ranges import as_number, validate
 from gradchain.contract import (
+    ACTED,
     CONTEXT,
     FROM_GROUP,
     GIVEN,
@@ -31,6 +32,7 @@ from gradchain.contract import (
     is_same,
     is_state,
     locate,
+    notes,
     show,
     show_value,
     widen,
@@ -48,6 +50,7 @@ class TransformFactory(Protocol[P]):
     """What ``@transform`` makes of a function: called with the hyperparameters, it returns the transform."""
 
     __name__: str
+    definition: Definition
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
 
@@ -71,6 +74,8 @@ class BoundTransform(Each):
     """Whether the prefix was given to it, and is not that of all transforms of its kind."""
     own_keys: Mapping[str, str] = field(default_factory=dict)
     """The keys of hyperparameters that have no prefix, by the name of the parameter."""
+    is_numbered: bool = False
+    """Whether the prefix was given to it for its number among its kind."""
     hyperparameters: Mapping[str, Any] = field(init=False)
     needed: tuple[str, ...] = field(init=False)
     """The names of the hyperparameters without a default."""
@@ -110,6 +115,20 @@ class BoundTransform(Each):
     def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """The key of its state that says whether to call the step off."""
         return () if self.definition.skip is None else (self.definition.skip,)
+
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        """Whether it was declared to be ``counted``."""
+        return self.definition.counts
+
+    @property
+    def reports(self) -> tuple[str, ...]:  # type: ignore[override]
+        """How often a transform skips."""
+        return () if self.definition.skip is None else ("in_a_row", "total")
+
+    def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
+        """The counters, which are the same for all parameters."""
+        return dict(states[0])
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """What its state has under the key that was declared for it."""
@@ -181,15 +200,21 @@ class BoundTransform(Each):
                 raise TypeError(f"{self!r}.named: there is no hyperparameter {name!r}; there are {list(known)}")
             if key in GIVEN:
                 raise ValueError(f"{self!r}.named: {name} cannot have the key {key!r}, which optimizers set themselves")
-        named = replace(
-            self,
-            prefix=self.prefix if prefix is None else prefix,
-            is_named=self.is_named or prefix is not None,
-            own_keys={**self.own_keys, **keys},
+        named = BoundTransform(
+            self.definition,
+            self.arguments,
+            self.prefix if prefix is None else prefix,
+            self.is_named or prefix is not None,
+            {**self.own_keys, **keys},
         )
         if len(named.hyperparameters) < len(known):
             raise ValueError(f"{self!r}.named: two hyperparameters cannot have the same key, got {keys}")
         return named
+
+    def numbered(self, prefix: str) -> BoundTransform:
+        """The same under the prefix of its number among its kind, as in ``"scale_2.factor"``."""
+        named = self.named(prefix)
+        return BoundTransform(self.definition, self.arguments, prefix, named.is_named, named.own_keys, is_numbered=True)
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> BoundTransform:
         """``change(self)``."""
@@ -218,10 +243,11 @@ class BoundTransform(Each):
         """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
         if self.definition.measure is None:
             return {}, state
+        arguments = {**self._read(group), "group": group} if self.definition.measures_group else self._read(group)
         if not self.shares_state:
-            return self.definition.measure(tensors, **self._read(group)), state
+            return self.definition.measure(tensors, **arguments), state
         with self._explaining_keys_of(state):
-            view, new_state = self.definition.measure(tensors, state, **self._read(group))
+            view, new_state = self.definition.measure(tensors, state, **arguments)
         return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -242,7 +268,11 @@ class BoundTransform(Each):
             new_state = result[1]
             return cast("Tensor", result[0])
 
-        return call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
+        if not (self.counts and group.get(ACTED)):
+            return call_checked(self, call, wide, wide_group).to(tensor.dtype), new_state
+        with notes() as noted:
+            result = call_checked(self, call, wide, wide_group).to(tensor.dtype)
+        return result, {**new_state, ACTED: noted[0]}
 
     def check(self, group: Group) -> None:
         """Raise where a hyperparameter in ``group`` has the wrong type or is out of range."""
@@ -299,7 +329,8 @@ class BoundTransform(Each):
     def __repr__(self) -> str:
         parameters = self.definition.signature.parameters
         given = [f"{n}={show_value(v)}" for n, v in self.arguments.items() if not is_same(v, parameters[n].default)]
-        names = [] if self.prefix == self.definition.name else [repr(self.prefix)]
+        is_first = self.is_numbered and self.prefix == self.definition.name
+        names = [repr(self.prefix)] if self.is_named and not is_first else []
         names += [f"{name}={key!r}" for name, key in self.own_keys.items()]
         suffix = f".named({', '.join(names)})" if names else ""
         return f"{self.definition.name}({', '.join(given)}){suffix}"
@@ -318,7 +349,18 @@ class BoundTransform(Each):
         return hash((self.definition.name, self.prefix, *values))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.definition.factory, dict(self.arguments), self.prefix, self.is_named, self.own_keys)
+        names = self.prefix, self.is_named, self.own_keys, self.is_numbered
+        return _rebuild, (self.definition.factory, dict(self.arguments), *names)
+
+
+# Hydra takes an instance of a dataclass for a config, and would hand on its fields in its place.
+del BoundTransform.__dataclass_fields__
+
+
+def counted(factory: TransformFactory[P]) -> TransformFactory[P]:
+    """Declare that the function calls ``note_acting``."""
+    factory.definition.counts = True
+    return factory
 
 
 def _rebuild(factory: Any, arguments: dict[str, Any], *names: Any) -> BoundTransform:
@@ -368,6 +410,8 @@ class Definition:
         self.measures_shards = measures_shards
         self.average = average
         self.skip = skip
+        self.measures_group = measure is not None and "group" in inspect.signature(measure).parameters
+        self.counts = False
         self.name = function.__name__
         self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
         self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 from torch import Tensor
@@ -60,7 +60,7 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
     """
     if not isinstance(param_ndim, FromGroup):
         param_ndim = require_param_ndim(as_number(param_ndim))
-    if isinstance(transform, Broadcast):
+    if isinstance(transform, Broadcast) or (isinstance(transform, Stage) and transform.is_identity):
         return transform
     if isinstance(transform, Combinator):
         return transform.rebuild([broadcast(member, param_ndim) for member in transform.members])
@@ -84,6 +84,8 @@ class Broadcast(Each):
         self.skip_keys = stage.skip_keys
         self.keeps_average = stage.keeps_average
         self.starts_early = stage.starts_early
+        self.counts = stage.counts
+        self.reports = stage.reports
 
     @property
     def state_name(self) -> str:
@@ -101,6 +103,10 @@ class Broadcast(Each):
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """Those of the transform."""
         return self.stage.averages(state, param)
+
+    def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
+        """Those of the transform."""
+        return self.stage.report(states, sizes)
 
     def after_skip(self, state: State) -> None:
         """Ask the transform."""

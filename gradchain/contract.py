@@ -5,8 +5,10 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import (
     Any,
     Protocol,
@@ -15,6 +17,7 @@ from typing import (
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import Parameter
 
 Group: TypeAlias = dict[str, Any]
 """A param group: hyperparameters by key and, as context, ``"param"`` and ``"grad"``, shaped like the tensor."""
@@ -48,8 +51,16 @@ FROM_GROUP: Any = FromGroup.FROM_GROUP
 """In place of a hyperparameter: there is no default, and every group has to give the value."""
 
 
+ACTED = "gradchain.acted"
+"""The key by which a group asks for, and a state then tells, whether a transform has acted on a unit."""
+
+
 PLACE = "gradchain.place"
 """The key of the words that say which tensor it is, for errors, in the groups of tensors that run together."""
+
+
+_PRINTED = 1000
+"""How many elements of a tensor torch prints without ``...``."""
 
 
 # Half-precision sums overflow (float16) or lose digits (bfloat16): compute in float32, round once at the end.
@@ -134,7 +145,10 @@ def call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, grou
         if not isinstance(key, str) or key in group:
             raise
         if key not in CONTEXT:
-            error.args = (f"{show(owner)}: {key!r}; the group has no such key, defaults={{{key!r}: ...}} would set it",)
+            error.args = (
+                f"{show(owner)}: {key!r}; the group has no such key. defaults={{{key!r}: ...}} would set it, and, for "
+                f"the next step alone, optimizer.signal({key}=...)",
+            )
             raise
         absent = "; in post, a parameter without a gradient has none, which group.get tells" if key == "grad" else ""
         raise ValueError(
@@ -168,6 +182,26 @@ def require_unwritten(owner: object, inputs: Iterable[tuple[str, Tensor, int]]) 
             )
 
 
+_NOTES: list[list[Tensor]] = []
+"""What transforms that are asked for it have noted, from the outermost call to the innermost."""
+
+
+def note_acting(flag: Tensor) -> None:
+    """Say, from within a transform, whether it acts on the unit that it was called with."""
+    if _NOTES:
+        _NOTES[-1].append(flag.detach())
+
+
+@contextmanager
+def notes() -> Iterator[list[Tensor]]:
+    """Within the ``with`` block, what ``note_acting`` notes."""
+    _NOTES.append([])
+    try:
+        yield _NOTES[-1]
+    finally:
+        _NOTES.pop()
+
+
 def is_state(value: object) -> bool:
     """Whether it is a dict of tensors."""
     return isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values())
@@ -190,5 +224,42 @@ def is_same(a: object, b: object) -> bool:
 
 
 def show_value(value: object) -> str:
-    """How the value of a hyperparameter or option prints."""
-    return f"Generator({value.initial_seed()})" if isinstance(value, Generator) else repr(value)
+    """How the value of a hyperparameter or option prints: as what makes it, with the names of torch.
+
+    A tensor of more elements than torch prints itself is abbreviated, as torch does it.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
+    if isinstance(value, list):
+        return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(show_value, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, Generator):
+        device = "" if value.device.type == "cpu" else repr(str(value.device))
+        return f"torch.Generator({device}).manual_seed({value.initial_seed()})"
+    if isinstance(value, Tensor) and type(value) in (Tensor, Parameter) and value.numel() <= _PRINTED:
+        try:
+            numbers, options = as_numbers(value)
+        except RuntimeError:  # it has no numbers, as in vmap
+            return repr(value)
+        return f"torch.tensor({show_value(numbers)}{''.join(f', {key}={option!r}' for key, option in options.items())})"
+    return repr(value)
+
+
+def as_numbers(tensor: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The numbers and the options of the call of ``torch.tensor`` that gives ``tensor``, in as few digits as do it."""
+    value = tensor.detach().cpu()
+    numbers = value.tolist()
+    options: dict[str, Any] = {} if torch.tensor(numbers).dtype == tensor.dtype else {"dtype": tensor.dtype}
+    if tensor.device.type != "cpu":
+        options["device"] = str(tensor.device)
+    if value.is_floating_point():
+        for digits in range(4, 10):
+            short = _round(numbers, digits)
+            if torch.equal(torch.tensor(short, dtype=value.dtype), value):
+                return short, options
+    return numbers, options
+
+
+def _round(numbers: Any, digits: int) -> Any:
+    return [_round(each, digits) for each in numbers] if isinstance(numbers, list) else float(f"{numbers:.{digits}g}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradchain._html import Html, cell, element, table
+from gradchain._plot import plot_histograms, plot_norms, shorten
 from gradchain._sharding import gather
 from gradchain._units import show_units
 from gradchain.chain import Chain, chain
@@ -159,9 +160,9 @@ class Explanation:
         raise KeyError(f"no parameter {key!r} here; there are {known}{remedy if known else ''}")
 
     def __repr__(self) -> str:
-        stages = [row.stage if row.changed is None else f"  {_shorten(row.stage)}" for row in self.rows]
+        stages = [row.stage if row.changed is None else f"  {shorten(row.stage)}" for row in self.rows]
         rows = [
-            (stage, row.acts_on or "", *row.cells(), _shorten(row.runs or "", 80))
+            (stage, row.acts_on or "", *row.cells(), shorten(row.runs or "", 80))
             for stage, row in zip(stages, self.rows, strict=True)
         ]
         columns = [list(column) for column in zip((*HEADER, RUNS if self._has_plan() else ""), *rows, strict=True)]
@@ -182,7 +183,12 @@ class Explanation:
         return any(row.runs is not None for row in self.rows)
 
     def plot(self) -> Figure:
-        """Draw the histogram of each row, below one another: how many elements there are, by value.
+        """Draw what the stages do.
+
+        That of an optimizer shows the whole model: the 2-norm of each parameter, from top to bottom, before and after
+        each stage, with a column for each slot. Red crosses are parameters whose input has NaN or infinite elements; a
+        norm of zero is drawn at the left edge. Else it is the histogram of each row, below one another: how many
+        elements there are, by value.
 
         Returns:
             A figure of ``matplotlib.pyplot``, to show, to save, or to close.
@@ -197,19 +203,12 @@ class Explanation:
             ['input', 'sign()']
         """
         try:
-            from matplotlib import pyplot
+            import matplotlib as _  # noqa: F401
         except ImportError as error:
             raise ImportError('plot() needs matplotlib: pip install "gradchain[examples]"') from error
-        count = max(len(self.rows), 1)
-        figure, grid = pyplot.subplots(count, squeeze=False, figsize=(6.4, 1.4 * count), layout="constrained")
-        for axes, row in zip(grid.flat, self.rows, strict=False):
-            counts, edges = row.histogram
-            axes.stairs(counts, edges, fill=True)
-            axes.set_yscale("symlog", linthresh=1)  # many zeros do not hide the rest, and no elements are no error
-            axes.set_ylim(bottom=0)
-            axes.set_title(_shorten(row.stage), loc="left", fontsize="medium", parse_math=False)
-        figure.supylabel("elements", fontsize="medium")
-        return figure
+        if self.parameters:
+            return plot_norms(self.parameters, [row.stage for row in self.rows if row.changed is None])
+        return plot_histograms(self.rows)
 
 
 class Record:
@@ -340,12 +339,6 @@ def _number(value: float) -> str:
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.3g}%"
-
-
-def _shorten(text: str, length: int = 50) -> str:
-    """``text`` on one line: the repr of a tensor has several."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def _html_cells(row: Row) -> list[Html]:

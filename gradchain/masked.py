@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradchain._sharding import distribute_like, is_distributed
 from gradchain.chain import Chain, chain
-from gradchain.contract import PLACE, Group, State, Transform, locate, show
+from gradchain.contract import PLACE, Group, State, Transform, is_same, locate, show, show_value
 from gradchain.stage import Combinator, Part, Stage, below, beneath
-from gradchain.transform import transform
+from gradchain.transforms.elementwise import set_to_zero
 
 Where: TypeAlias = str | Tensor | Callable[[Group], bool]
 
@@ -106,12 +106,6 @@ def freeze(where: Where) -> Combinator:
     return masked(set_to_zero(), where)
 
 
-@transform(acts_on="element")
-def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
-    """Replace by zeros."""
-    return torch.zeros_like(tensor)
-
-
 class Masked(Combinator):
     """A transform of what is selected. Made by ``masked``."""
 
@@ -190,16 +184,13 @@ class Masked(Combinator):
         return matches(_read(group, "name", self), self.where) if isinstance(self.where, str) else self.where(group)
 
     def __repr__(self) -> str:
-        where = repr(self.where) if isinstance(self.where, str | Tensor) else show(self.where)
+        where = show_value(self.where) if isinstance(self.where, str | Tensor) else show(self.where)
         return f"masked({show(self.members[0])}, {where})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masked):
             return NotImplemented
-        if isinstance(self.where, Tensor) and isinstance(other.where, Tensor):
-            return self.members == other.members and torch.equal(self.where, other.where)
-        tensors = isinstance(self.where, Tensor) or isinstance(other.where, Tensor)
-        return not tensors and (self.members, self.where) == (other.members, other.where)
+        return self.members == other.members and is_same(self.where, other.where)
 
     def __hash__(self) -> int:
         return hash(("masked", self.members, None if isinstance(self.where, Tensor) else self.where))
@@ -275,7 +266,7 @@ class Partition(Combinator):
         return hash(("partition", self.kinds, self.members, self.by))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partition, (dict(zip(self.kinds, self.members, strict=True)), self.by)
+        return partition, (dict(zip(self.kinds, self.members, strict=True)), self.by)
 
 
 def _run_some(

@@ -69,7 +69,19 @@ class Stage(ABC):
     """Whether it can measure distributed tensors."""
 
     acts_on_each: bool = True
-    """Whether it acts on each tensor by itself, once all are measured."""
+    """Whether it acts on each tensor by itself, once all are measured; else it gets all of them at once."""
+
+    is_identity: bool = False
+    """Whether it returns the very tensors that it gets, sharded or not, and never raises: it only looks at them."""
+
+    every: int = 1
+    """If it is the identity, it runs in the first step, and in those whose number is a multiple of this."""
+
+    counts: bool = False
+    """Whether it counts how often it acts, once it is asked to."""
+
+    reports: tuple[str, ...] = ()
+    """The keys of its state from which ``report`` makes figures."""
 
     skip_keys: tuple[str, ...] = ()
     """The keys of its state that say whether to call the step off."""
@@ -146,6 +158,10 @@ class Stage(ABC):
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
         """The averages of ``param`` in its state, to evaluate with."""
         return []
+
+    def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
+        """Figures for people, of what some parameters of ``sizes`` have under ``reports``, as Python numbers."""
+        return {}
 
     def after_skip(self, state: State) -> None:  # noqa: B027 # most skip nothing
         """Raise where a step was called off that should not have been, given the state after it."""
@@ -253,7 +269,7 @@ class Combinator(Stage):
         self.starts_early = any(stage.starts_early for stage in self.stages)
         self.keeps_average = any(stage.keeps_average for stage in self.stages)
         self.measures = any(stage.measures for stage in self.stages)
-        self.acts_on_each = not self.measures
+        self.acts_on_each = not self.measures and all(stage.acts_on_each for stage in self.stages)
         self.keys = _state_keys(self.stages)
         """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
 
@@ -382,7 +398,7 @@ def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[St
         prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
         free = next(prefix for prefix in prefixes if prefix not in used)
         used.add(free)
-        return transform.named(free)
+        return transform.numbered(free)
 
     for stage in stages:
         stage.replaced(note)

@@ -88,7 +88,8 @@ def transform(
             ``broadcast(t, param_ndim)`` counts. ``"element"`` is each element, so that no ``broadcast`` is needed.
         measure: Gives the transform a view over all tensors of the optimizer. ``measure(tensors, **arguments)`` returns
             a dict that the function finds in its group. The tensors are as they are, half precision included, and the
-            arguments those of the first group. With ``init`` too, the state is that of the measure, one for all
+            arguments those of the first group, which a parameter ``group`` of ``measure`` gets as a whole, with the
+            signals in it. With ``init`` too, the state is that of the measure, one for all
             tensors: ``measure(tensors, state, **arguments)`` returns the dict and a new state, and the function is
             ``(tensor, group, ...) -> tensor``.
         measures_shards: Whether ``measure`` can deal with distributed tensors (``DTensor``); if not, it gets them

@@ -49,6 +49,15 @@ def test_whole_step(tmp_path: Path) -> None:
     assert min(accuracies) > 75
 
 
+def test_qk_clip() -> None:
+    said = run("qk_clip.py")
+    free, clipped = map(float, re.findall(r"(?:free|clipped) ([\d.]+)", said))
+    assert clipped < 10 < 30 < free
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert losses[-1] < 1.05 * losses[3]
+    assert "pre/monitor/norm" in said
+
+
 def test_maml() -> None:
     said = run("maml.py")
     plain, adapted = ([float(error) for error in row.split()] for row in re.findall(r"inner step: (.*)", said))

@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
@@ -244,7 +245,7 @@ def test_prints_as_a_table() -> None:
 def test_long_stages_print_on_one_line() -> None:
     text = repr(explain(project_halfspace(torch.ones(6, 6), 1.0), torch.ones(6, 6)))
     assert len(text.splitlines()) == 3
-    assert "  project_halfspace(a=tensor([[1., 1., 1., 1., 1., …" in text
+    assert "  project_halfspace(a=torch.tensor([[1.0, 1.0, 1.0,…" in text
 
 
 def test_is_a_value() -> None:
@@ -763,3 +764,26 @@ def numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [numbers(each) for each in value]
     return value.tolist() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_plot_of_a_whole_model(count: int) -> None:
+    params = [(f"layer.{i}", nn.Parameter(torch.ones(3))) for i in range(count)]
+    optimizer = ParamTransformingOptimizer(params, pre=chain(clip_by_norm(1.0), sign()), post=sign(), lr=0.1)
+    for i, (_, param) in enumerate(params):
+        param.grad = torch.full((3,), float(i))
+    params[1][1].grad = torch.tensor([1.0, NAN, 1.0])
+    figure = optimizer.explain().plot()
+    figure.savefig(io.BytesIO())
+    assert [axes.get_xlabel() for axes in figure.axes] == ["2-norm of the gradient", "2-norm of the parameter"]
+    assert all(axes.get_xscale() == "log" for axes in figure.axes)
+    gradient = figure.axes[0]
+    shown = [text.get_text() for legend in [gradient.get_legend()] if legend for text in legend.get_texts()]
+    assert shown == ["gradient", "clip_by_norm(max_norm=1.0)", "sign()", "has NaN or infinity"]
+    names = [text.get_text() for text in gradient.get_yticklabels()]
+    assert names[0] == "layer.0"
+    assert len(names) == min(count, 38)  # each fourth of many
+    points = np.asarray(gradient.collections[count].get_offsets())
+    assert points.shape == (count, 2)
+    width, height = figure.get_size_inches()
+    assert max(width, height) < 12

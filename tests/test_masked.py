@@ -119,7 +119,7 @@ def test_print() -> None:
     assert [repr(value) for value in VALUES] == [
         "masked(scale(factor=2.0), '*.bias')",
         "masked(scale(factor=2.0), is_wide)",
-        "masked(scale(factor=2.0), tensor([ True, False]))",
+        "masked(scale(factor=2.0), torch.tensor([True, False]))",
         "partition({'*.bias': scale(factor=2.0), '*': sign()}, by='name')",
         "masked(set_to_zero(), '*')",
     ]

@@ -7,7 +7,7 @@ from docs.generate import pages, pictures
 from docs.generate.catalogue import CAPTIONS, CATALOGUE, FAMILIES
 from docs.generate.names import ROOT, prose, public_names
 
-NAMES = [*gradchain.__all__, "check_transform", "check_projection"]
+NAMES = [*gradchain.__all__, "check_transform", "check_projection", "integrations.lightning"]
 
 
 @pytest.mark.parametrize("name", NAMES)

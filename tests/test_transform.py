@@ -187,7 +187,7 @@ def test_a_call_by_hand_needs_no_group() -> None:
         (clip_by_norm(1.0, ord=1), "clip_by_norm(max_norm=1.0, ord=1)"),
         (normalize(2.0), "normalize()"),
         (clamp(max=2), "clamp(max=2)"),
-        (project_box(torch.tensor([0.0, 1.0]), 2.0), "project_box(lower=tensor([0., 1.]), upper=2.0)"),
+        (project_box(torch.tensor([0.0, 1.0]), 2.0), "project_box(lower=torch.tensor([0.0, 1.0]), upper=2.0)"),
     ],
 )
 def test_prints_as_the_call_that_made_it(value: object, printed: str) -> None:

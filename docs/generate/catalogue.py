@@ -15,6 +15,8 @@ class Row:
         kind: The kind of its picture, a function of ``pictures.py``; "" for none.
         shown: What the picture shows, one panel each: expressions that the kind evaluates.
         elsewhere: Its names in other libraries than optax, whose names are in ``docs/parity.md``.
+        acts_on: A key of ``pages.ACTS_ON``, where there is no definition by ``@transform`` that says so.
+        has_state: Whether it has a state, where there is no such definition.
     """
 
     family: str
@@ -22,6 +24,8 @@ class Row:
     kind: str
     shown: tuple[str, ...]
     elsewhere: dict[str, str] = field(default_factory=dict)
+    acts_on: str = "theirs"
+    has_state: bool = False
 
 
 CAPTIONS = {
@@ -48,7 +52,7 @@ FAMILIES = (
     "Look back over the steps",
     "Change each element",
     "Change the update",
-    "Skip a step",
+    "Watch and skip steps",
     "Compose and select",
 )
 CLIP, PROJECT, STEPS, ELEMENT, CHANGE, SKIP, COMPOSE = FAMILIES
@@ -124,6 +128,7 @@ CATALOGUE = {
         "path",
         ("update=freeze(tensor([False, True])), lr=0.1",),
         {"Keras": "`layer.trainable = False`", "torch": "`requires_grad_(False)`"},
+        acts_on="element",
     ),
     "keep_top_q": Row(
         ELEMENT, PRE, "elements", ("keep_top_q(0.7)",), {"rai-toolbox": "`TopQGradientOptimizer`; q is what is zeroed"}
@@ -138,6 +143,7 @@ CATALOGUE = {
         "matrix",
         ("masked(scale(0.1), x > 0)(x, {})", 'masked(sign(), "*.weight")(x, {"name": "fc.weight"})'),
     ),
+    "monitor": Row(SKIP, ANY, "norms", ("monitor()",), acts_on="tensor", has_state=True),
     "normalize": Row(
         CLIP,
         GRADIENT,
@@ -210,6 +216,6 @@ CATALOGUE = {
     "standardize": Row(CLIP, PRE, "elements", ("standardize()",)),
     "trace": Row(STEPS, PRE, "series", ("trace(0.9)",), {"torch": "`momentum` of `torch.optim.SGD`"}),
     "trust_ratio": Row(CHANGE, UPDATE, "field", ("trust_ratio()",)),
-    "with_error_feedback": Row(STEPS, PRE, "series", ("with_error_feedback(grid)", "grid")),
+    "with_error_feedback": Row(STEPS, PRE, "series", ("with_error_feedback(grid)", "grid"), has_state=True),
     "zero_nonfinite": Row(ELEMENT, PRE, "norms", ("zero_nonfinite()",), {"torch": "`torch.nan_to_num`, with zeros"}),
 }

@@ -65,7 +65,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
             return match[0]
         return f'<a class="code" href="{get_relative_url(target, page.url)}">{match[0]}</a>'
 
-    return re.sub(rf"{skipped}|<code>(?P<name>{names})(?:\([^<]*\))?</code>", link, html, flags=re.DOTALL)
+    return re.sub(rf"{skipped}|<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>", link, html, flags=re.DOTALL)
 
 
 def on_post_page(output: str, **_: Any) -> str:

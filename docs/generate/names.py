@@ -41,13 +41,16 @@ def prose(text: str) -> str:
 
 @cache
 def public_names() -> dict[str, Name]:
-    """Each public name of ``gradchain`` and of those of its modules that have an ``__all__``."""
+    """Each public name of ``gradchain`` and of its modules with an ``__all__``, and each module of integrations."""
     names: dict[str, Name] = {}
     for path in sorted((ROOT / "gradchain").rglob("*.py"), key=lambda path: (len(path.parts), path)):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
         if any(part.startswith("_") for part in module.split(".")):
             continue
+        if module.startswith("gradchain.integrations."):
+            name = module.removeprefix("gradchain.")
+            names[name] = Name(name, "gradchain", "gradchain", ast.get_docstring(_parse(module)) or "")
         for name in _exports(module):
             names.setdefault(name, Name(name, module, *_find(module, name)))
     return names

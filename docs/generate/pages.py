@@ -86,17 +86,15 @@ def facts_of(name: str, row: Row) -> dict[str, str]:
 def unit(name: str) -> str:
     """A key of ``ACTS_ON``."""
     definition = getattr(getattr(gradchain, name), "definition", None)
-    if name == "freeze":
-        return "element"
     if definition is None:
-        return "theirs"
+        return transforms()[name].acts_on
     return "all" if definition.measure is not None else str(definition.acts_on)
 
 
 def has_state(name: str) -> bool:
     """Whether a transform remembers something from step to step."""
     definition = getattr(getattr(gradchain, name), "definition", None)
-    return definition.init is not None if definition else name == "with_error_feedback"
+    return definition.init is not None if definition else transforms()[name].has_state
 
 
 def elsewhere(name: str) -> dict[str, str]:

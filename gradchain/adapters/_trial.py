@@ -36,10 +36,9 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
                 param.grad = None if grad is None else grad.detach().clone()
             complete_groups(owner.param_groups, defaults)
             if not is_dry_run(owner.param_groups):
-                plans = Step(Engine(owner, states.copy(), engine.numbered, engine.names)).plans or {}
+                plans = Step(engine.trial()).plans or {}
                 program = "\n".join(plan.listing() for plan in plans.values())
-                trial = Engine(owner, states.copy(), engine.numbered, engine.names, fused=False)
-                _TrialStep(trial, plans, record).make()
+                _TrialStep(engine.trial(fused=False), plans, record).make()
         except SkippedStep:
             pass
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradchain._units import print_slots
@@ -18,6 +18,8 @@ from gradchain.contract import Transform
 from gradchain.engine.combined import name_of, require_disjoint
 from gradchain.engine.engine import Weak
 from gradchain.engine.groups import ATTACHED, DEFAULTS, make_chains, number_chains, own_defaults, prefixes
+from gradchain.engine.metrics import read_metrics
+from gradchain.engine.signals import make_signals
 from gradchain.engine.states import SLOTS
 from gradchain.explain import Explanation
 
@@ -107,7 +109,7 @@ def attach(
     chains = make_chains(pre=pre, update=update, post=post)
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
     joining = own_defaults(numbered, hooks.inner_opt, hooks.defaults, defaults, param_ndim=param_ndim)
-    attached = Attached(hooks, chains, joining)
+    attached = Attached(hooks, chains, joining, defaults or {})
     hooks.add(attached, numbered, model)
     return attached
 
@@ -119,12 +121,15 @@ class Attached:
         defaults: The keys that joined the param groups, with the values for those that lacked them.
     """
 
-    def __init__(self, hooks: Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, hooks: Hooks, chains: Mapping[str, Chain], defaults: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> None:
         self._hooks = Weak(hooks)
         self._optimizers = hooks.optimizers
         self._name = _show(hooks.optimizers)
         self._chains = dict(chains)
         self.defaults = dict(defaults)
+        self._given = dict(given)
 
     @property
     def pre(self) -> Chain:
@@ -166,10 +171,17 @@ class Attached:
             >>> [round(row.norm, 3) for row in attached.explain().rows]
             [10.0, 1.0]
         """
-        if not self._hooks.exists:
-            raise RuntimeError(f"{self!r} is removed, so there is nothing to explain; call explain() before remove()")
-        hooks = self._hooks()
+        hooks = self._present_hooks("explain")
         return explain_step(hooks.engine, hooks.defaults)
+
+    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
+        """What ``monitor``, clips and skips have seen, of all that is attached; see ``ParamTransformingOptimizer``."""
+        return read_metrics(self._present_hooks("metrics").engine, per_parameter=per_parameter)
+
+    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
+        """Give transforms values for the next step, such as the loss; see ``ParamTransformingOptimizer.signal``."""
+        hooks = self._present_hooks("signal")
+        hooks.engine.signals |= make_signals(values, hooks.param_groups, reduce)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -189,10 +201,13 @@ class Attached:
             >>> x.item()
             0.0
         """
-        if not self._hooks.exists:
-            raise RuntimeError(f"{self!r} is removed, and its averages with it; call averaged() before remove()")
-        with self._hooks().engine.averaged():
+        with self._present_hooks("averaged").engine.averaged():
             yield
+
+    def _present_hooks(self, method: str) -> Hooks:
+        if not self._hooks.exists:
+            raise RuntimeError(f"{self!r} is removed, and its states with it; call {method}() before remove()")
+        return self._hooks()
 
     def __enter__(self) -> Attached:
         return self

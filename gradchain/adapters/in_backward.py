@@ -107,6 +107,8 @@ class _OneParameter:
             part for part in parts(optimizer.inner_opt) if any(group is entry.group for group in part.param_groups)
         )
         self.inner_opt = _copy_for_one(self._part)
+        self._seen: dict[str, Tensor] = {}
+        """The signals that it has made a step with."""
         self._start()
 
     def register(self) -> RemovableHandle:
@@ -133,6 +135,7 @@ class _OneParameter:
     def _step(self) -> None:
         if not all(map(is_, self._sources, self._look())):
             self._start()
+        self._take_signals()
         group = self.entry.group
         own_group = {**group, "params": [self.entry.param]}
         self.inner_opt.param_groups, self.inner_opt.state = [own_group], self._part.state
@@ -161,6 +164,12 @@ class _OneParameter:
             step.undo()
             raise
 
+    def _take_signals(self) -> None:
+        """Take what was signalled since the last step of this parameter; the others make theirs with the same."""
+        new = {key: value for key, value in self.optimizer._engine.signals.items() if value is not self._seen.get(key)}
+        self._engine.signals.update(new)
+        self._seen |= new
+
     def _is_in_place(self) -> bool:
         """Whether the parameter is where it was, with as many before it."""
         groups, (group, index) = self.optimizer.param_groups, self.entry.position
@@ -172,7 +181,8 @@ class _OneParameter:
         """What it depends on, which a checkpoint that is loaded replaces."""
         optimizer = self.optimizer
         group = optimizer.param_groups[self.entry.position[0]]
-        return [group, optimizer._engine.states, optimizer.pre, optimizer.update, optimizer.post]
+        engine = optimizer._engine
+        return [group, engine.states, engine.counts, optimizer.pre, optimizer.update, optimizer.post]
 
     def _start(self) -> None:
         optimizer = self.optimizer
@@ -185,6 +195,7 @@ class _OneParameter:
         param_table.entries, param_table.params = [self.entry], [self.entry.param]
         param_table.groups = [self.entry.group]
         self._engine = _EngineOfOne(self, param_table, optimizer._engine)
+        self._engine.counts = optimizer._engine.counts
         self._sources = self._look()
 
     @property

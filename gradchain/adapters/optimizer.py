@@ -34,10 +34,12 @@ from gradchain.engine.groups import (
     warn_of_short,
 )
 from gradchain.engine.inner import InnerOptimizers, make_inner
+from gradchain.engine.metrics import read_metrics
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach, check_setup
-from gradchain.engine.select import Key, Params
+from gradchain.engine.select import Params
+from gradchain.engine.signals import make_signals
 from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
 from gradchain.explain import Explanation
@@ -154,6 +156,7 @@ class ParamTransformingOptimizer(Optimizer):
     update: Chain
     post: Chain
     _own_defaults: dict[str, Any]
+    _overrides: Mapping[Any, Mapping[str, Any]] | None
     _engine: Engine
     _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
@@ -169,7 +172,7 @@ class ParamTransformingOptimizer(Optimizer):
         grad_scale: float = 1.0,
         grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
-        groups: Mapping[Key, Mapping[str, Any]] | None = None,
+        groups: Mapping[Any, Mapping[str, Any]] | None = None,
         model: nn.Module | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
@@ -204,6 +207,7 @@ class ParamTransformingOptimizer(Optimizer):
         attributes = {
             "inner_opt": inner_opt,
             "_own_defaults": joining,
+            "_overrides": groups,
             "_states": TransformStates(),
             "_numbered": (chains, numbered),
             "_names": names,
@@ -420,6 +424,62 @@ class ParamTransformingOptimizer(Optimizer):
               normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%  traced
         """
         return explain_step(self._engine, self._own_defaults)
+
+    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
+        """What ``monitor``, clips and skips have seen, by name: ``self.log_dict(optimizer.metrics())`` in Lightning.
+
+        The figures of a ``monitor`` are those of the last step in which it looked. ``share_clipped`` is the share of
+        the units (tensors, rows or elements) that a clip made shorter, over the steps since the last call. The first
+        call starts to count, so that nobody pays for it who never asks; what was not counted yet is left out.
+        ``total`` and ``in_a_row`` count the steps that a transform has skipped. The device is waited for once. With
+        shards, clips count the rows that this process has; all else is of the whole.
+
+        Args:
+            per_parameter: Also the figures of each parameter, ``"pre/monitor/norm/fc.weight"``, by name or number.
+
+        Example:
+            >>> from gradchain import chain, clip_by_norm, monitor
+            >>> x = torch.tensor([[3.0, 4.0], [0.3, 0.4]], requires_grad=True)
+            >>> optim = ParamTransformingOptimizer([x], pre=chain(monitor(), clip_by_norm(1.0)), lr=0.0)
+            >>> _ = optim.metrics()
+            >>> x.square().sum().backward()
+            >>> optim.step()
+            >>> metrics = optim.metrics()
+            >>> list(metrics)
+            ['pre/monitor/norm', 'pre/monitor/rms', 'pre/monitor/ratio', 'pre/monitor/zero', 'pre/monitor/nonfinite',
+            'pre/clip_by_norm/share_clipped']
+            >>> metrics["pre/monitor/ratio"], metrics["pre/clip_by_norm/share_clipped"]
+            (2.0, 0.5)
+        """
+        return read_metrics(self._engine, per_parameter=per_parameter)
+
+    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
+        """Give transforms values from outside, such as the loss, which they read in the next step as ``group["loss"]``.
+
+        They are for that step alone: a transform that reads one which was not given again is an error. A second value
+        for the same step replaces the first. With ``step_in_backward``, give them before the backward pass.
+
+        Args:
+            reduce: What counts of the values of all processes of the default group, ``"mean"``, ``"sum"``, ``"min"`` or
+                ``"max"``; then all of them have to call it. None keeps the value of each.
+            **values: Numbers or tensors, which are copied to the device of the first parameter, and not read.
+
+        Raises:
+            TypeError: A value is neither a number nor a tensor.
+            ValueError: The group has such a key already, or there is no such reduction.
+
+        Example:
+            >>> x = torch.tensor([1.0], requires_grad=True)
+            >>> pre = lambda tensor, group: tensor / (1 + group["loss"])
+            >>> optim = ParamTransformingOptimizer([x], pre=pre, lr=1.0)
+            >>> loss = 3 * x.sum()
+            >>> loss.backward()
+            >>> optim.signal(loss=loss)
+            >>> optim.step()
+            >>> x
+            tensor([0.2500], requires_grad=True)
+        """
+        self._engine.signals |= make_signals(values, self.param_groups, reduce)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

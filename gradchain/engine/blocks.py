@@ -18,6 +18,7 @@ from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
 from gradchain.engine.traced import (
     CONTEXT,
+    COUNT,
     NUMBER,
     STATE,
     VALUE,
@@ -117,7 +118,7 @@ class Programs(Operation):
                 for part in _chunks(same, self._bytes):
                     yield self._stacked(part)
         small = [number for number in rest if self._bytes(number) < BLOCK_BYTES]
-        has_many_calls = len(self.traced[numbers[0]].trace.calls) > 1
+        has_many_calls = len(_calls_for_each(self.traced[numbers[0]].trace)) > 1
         for chunk in _chunks(small, self._bytes) if has_many_calls else [small]:
             if chunk:
                 yield self._list(chunk) if len(chunk) > 1 else self._single(chunk[0])
@@ -138,10 +139,10 @@ class Programs(Operation):
         all_forms = [item.example, *item.context.values(), *item.states.values()]
         if len(numbers) < 4 or any(is_distributed(v) or not v.is_contiguous() for v in all_forms):
             return False
-        copied = form.numel() * form.element_size() / 6000  # a copy of so many bytes takes a microsecond
+        copied = form.numel() * form.element_size() / 20000  # a copy of so many bytes takes a microsecond
         inputs = [name for name in trace.inputs if _is_of_each(name)]
-        stacked = len(inputs) * (0.3 + copied) + len(trace.outputs) * (0.5 + copied)
-        return bool(sum(map(_cost, trace.calls)) > 1.2 * stacked)
+        stacked = len(inputs) * (0.15 + copied) + len(trace.outputs) * (0.35 + copied)
+        return bool(sum(map(_cost, _calls_for_each(trace))) > 1.2 * stacked)
 
     def _bytes(self, number: int) -> int:
         form = local_part(self.items[number].example)
@@ -181,7 +182,7 @@ class Programs(Operation):
         start, _, key = name.partition(":")
         item = self.items[numbers[0]]
         if start + ":" in (NUMBER, VALUE):
-            return lambda work: item.group[key]
+            return lambda work: item.value(key)
         if start + ":" == CONSTANT:
             constant = trace.constants[name]
             return lambda work: constant
@@ -192,6 +193,9 @@ class Programs(Operation):
                 if key.startswith(path) and key[len(path) :] in view
             )
             return lambda work: work.views[path][name]
+        if start + ":" == COUNT:
+            counters = tuple((self.items[number].counts or {})[key] for number in numbers)
+            return lambda work: counters[0] if single else counters
         if start + ":" == STATE:
             states = tuple(local_part(self.items[number].states[key]) for number in numbers)
             return lambda work: states[0] if single else states
@@ -342,6 +346,17 @@ def _chunks(numbers: Sequence[int], size: Callable[[int], int]) -> Iterator[list
             chunk, total = [], 0
     if chunk:
         yield chunk
+
+
+def _calls_for_each(trace: Trace) -> list[Call]:
+    """The calls that are made for each tensor, and not once for all of them."""
+    of_each = {number for name, number in trace.inputs.items() if _is_of_each(name)}
+    calls = []
+    for call in trace.calls:
+        if not of_each.isdisjoint(call.references()):
+            of_each.update(call.results)
+            calls.append(call)
+    return calls
 
 
 def _cost(call: Call) -> float:

@@ -24,6 +24,7 @@ class CombinedOptimizer(Optimizer):
 
     Attributes:
         optimizers: The optimizers, in the order in which they step.
+        keys: What chooses the parameters of each, or None where the optimizers were given with their parameters.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], keys: Sequence[Key] | None = None) -> None:
@@ -36,10 +37,10 @@ class CombinedOptimizer(Optimizer):
                 )
         require_disjoint(optimizers)
         # Not Optimizer.__init__: it would make groups, state and defaults apart from those of the optimizers.
-        self.__setstate__({"optimizers": optimizers, "_keys": keys})
+        self.__setstate__({"optimizers": optimizers, "keys": keys})
 
     optimizers: Sequence[Optimizer]
-    _keys: Sequence[Key] | None
+    keys: Sequence[Key] | None
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride]
@@ -69,13 +70,13 @@ class CombinedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the parameters of a group to the optimizers whose keys they match."""
-        if self._keys is None:
+        if self.keys is None:
             raise ValueError(
                 "a new group does not say which of several optimizers takes it; call add_param_group of that one, "
                 "optimizer.inner_opt.optimizers[i]"
             )
-        split = split_group(param_group, self._keys, {}, "InnerOpt")
-        require_all_taken(split, self._keys, {})
+        split = split_group(param_group, self.keys, {}, "InnerOpt")
+        require_all_taken(split, self.keys, {})
         for index, group in split.items():
             assert index is not None
             self.optimizers[index].add_param_group(group)
@@ -120,7 +121,7 @@ class CombinedOptimizer(Optimizer):
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizers": self.optimizers, "_keys": self._keys}
+        return {"optimizers": self.optimizers, "keys": self.keys}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._state = _StatesOfAll(state["optimizers"])

@@ -11,6 +11,7 @@ from operator import eq
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain._units import list_stages
@@ -34,7 +35,7 @@ from gradchain.engine.names import Names
 from gradchain.engine.operations import SlotTensor
 from gradchain.engine.plan import Plan, SlotPlans
 from gradchain.engine.reach import check_reach
-from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.states import SLOTS, ByParam, ParamEntry, ParamTable, TransformStates
 
 T = TypeVar("T")
 
@@ -113,6 +114,12 @@ class Engine:
         self._param_table: ParamTable | None = None
         self._is_settled = True
         """Whether the states are known to fit the chains."""
+        self.signals: dict[str, Tensor] = {}
+        """The values from outside for the next step."""
+        self.steps = 0
+        """How many have been made."""
+        self.counts: ByParam | None = None
+        """What stages count, once someone has asked."""
         self.chains()
         self.note_keys()
 
@@ -124,6 +131,21 @@ class Engine:
     def owner(self) -> Owner:
         """What the chains belong to."""
         return self._owner()
+
+    def trial(self, *, fused: bool = True) -> Engine:
+        """One that does the same with copies of the states."""
+        engine = Engine(self.owner, self.states.copy(), self.numbered, self.names, fused=fused)
+        engine.signals = dict(self.signals)
+        return engine
+
+    def start_counting(self) -> None:
+        """Let the stages count from now on how often they act."""
+        if self.counts is None:
+            self.counts, self._plans = {}, None
+
+    def have_grads(self) -> list[bool]:
+        """Which parameters had a gradient in the last step, as far as it is known."""
+        return [True] * len(self.param_table.params) if self._plans is None else self._plans.have_grads
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -354,6 +376,8 @@ class Engine:
                     is_transformed=takes,
                     is_new=entry.param in self.states.new,
                     place=entry.place(),
+                    signals=self.signals,
+                    counts=None if self.counts is None else self.counts.setdefault(entry.param, {}),
                 )
             )
         plan = Plan(slot, stage, items, fused=self.fused)

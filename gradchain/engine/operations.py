@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
-from gradchain.contract import CONTEXT, PLACE, Group, State, locate
+from gradchain.contract import ACTED, CONTEXT, PLACE, Group, State, locate
 from gradchain.engine.trace import META, without_data
-from gradchain.engine.traced import Traced, dependencies, seen_by
-from gradchain.stage import Part, Stage
+from gradchain.engine.traced import Traced, count_units, dependencies, seen_by
+from gradchain.stage import Part, Stage, below
+
+COUNTED = ("acted", "units")
+"""What a stage counts."""
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
@@ -41,11 +45,28 @@ class SlotTensor(NamedTuple):
     """Whether its states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
+    signals: Mapping[str, Tensor] = MappingProxyType({})
+    """The values from outside for this step, always in the same dict."""
+    counts: State | None = None
+    """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
 
     @property
     def full_group(self) -> Group:
-        """The group, with the keys of the parameter."""
-        return self.group | self.own_keys
+        """The group, with the keys of the parameter and the signals."""
+        return {**self.group, **self.own_keys, **self.signals}
+
+    def value(self, key: str) -> Any:
+        """The value of ``key``, of the group or a signal."""
+        return self.group[key] if key in self.group else self.signals[key]
+
+    def counts_of(self, part: Part) -> State:
+        """What ``part`` counts, if it is asked to: how many of its units it acted on, and how many there were."""
+        if self.counts is None or not part.stage.counts:
+            return {}
+        for key in COUNTED:
+            zero = torch.zeros((), dtype=torch.int64, device=self.param.device)
+            self.counts.setdefault(part.path + key, zero)
+        return below(self.counts, part.path)
 
     def of_shape(self, shape: tuple[int, ...]) -> SlotTensor:
         """The same with plain tensors without data, those like ``example`` of another shape."""
@@ -74,6 +95,8 @@ class Pass:
     context: Mapping[str, Sequence[Any]]
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
+    step: int = 1
+    """The number of the step, from 1 on, as far as it counts."""
     commits: list[Callable[[], None]] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
     """What was measured, by the path of the stage that measures."""
@@ -196,7 +219,10 @@ class AsItIs(Operation):
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
         group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
-        result, new_state = part.stage.act(tensor, group, state)
+        counts = item.counts_of(part)
+        result, new_state = part.stage.act(tensor, group | {ACTED: True} if counts else group, state)
+        if counts:
+            put_states(counts, count_units(counts, new_state))
         if states:
             owned = without_aliases(new_state, tensor, *context.values())
             work.commits.append(partial(put_states, states, owned, gathered=self.gathers))
@@ -266,7 +292,7 @@ class Measure(Operation):
         tensors = [whole_without_data(self.items[i].example) for i in self.acting]
         state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
-            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
         except Exception:  # it needs the data, so what comes after it runs as it is
             return False
         self.view.update(view)
@@ -274,11 +300,12 @@ class Measure(Operation):
 
     def run(self, work: Pass) -> None:
         see = gather if self.gathers else (lambda value: value)
-        tensors = [see(work.tensors[i].detach()) for i in self.acting]
+        given = [work.tensors[i] for i in self.acting]
+        tensors = [see(tensor.detach() if tensor.requires_grad else tensor) for tensor in given]
         old = self.states[0] if self.states else {}
         state = {key: see(value) for key, value in old.items()}
         try:
-            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].group, state)
+            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
         except Exception as error:
             located(error, self.slot, self.part)
             raise
@@ -296,7 +323,7 @@ class Measure(Operation):
 
 
 class Jointly(Operation):
-    """A stage that measures all tensors somewhere inside of it, and so runs on all of them at once, as it is."""
+    """A stage that gets all tensors at once, as it is, since it measures them or looks at them."""
 
     def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
         # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
@@ -304,15 +331,19 @@ class Jointly(Operation):
         super().__init__(slot, [part._replace(numbers=numbers)], items)
         self.part = part
         self.skips = bool(part.stage.skip_keys)
+        self.cannot_raise = part.stage.is_identity
 
     def run(self, work: Pass) -> None:
+        if work.step > 1 and work.step % self.part.stage.every:
+            return
+        see: Callable[[Any], Any] = (lambda value: value) if self.part.stage.is_identity else gather
         tensors, groups, states = [], [], []
         for number in self.numbers:
             item = self.items[number]
             given, form = work.tensors[number], local(item.example)
-            tensors.append(gather(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
+            tensors.append(see(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
             keys = item.context if item.is_transformed else ()
-            context = {key: gather(work.context[key][number]).detach() for key in keys}
+            context = {key: see(work.context[key][number]).detach() for key in keys}
             # Masks in it read the parameter in ``post`` too, and that of what takes no part.
             param = tensors[-1] if item.is_transformed else item.param.detach()
             groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
@@ -322,9 +353,13 @@ class Jointly(Operation):
         except Exception as error:
             located(error, self.slot, self.part)
             raise
-        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
         olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
-        pairs = [(old, without_aliases(new, *inputs)) for old, new in zip(olds, new_states, strict=True)]
+        if self.part.stage.is_identity:
+            work.commits.append(partial(_put_all, olds, new_states))
+            return
+        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
+        storages = storages_of(inputs)
+        pairs = [(old, without_storages(new, storages)) for old, new in zip(olds, new_states, strict=True)]
         self.raise_if_skipped(self.part.stage, pairs)
         work.commits += [partial(put_states, old, new) for old, new in pairs]
         for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
@@ -333,10 +368,11 @@ class Jointly(Operation):
 
     @property
     def how(self) -> str:
-        return "as it is: measures all together"
+        return f"as it is: {'looks at' if self.part.stage.is_identity else 'measures'} all together"
 
     def describe(self) -> str:
-        return f"as it is, {count(self.numbers)} together: measures them"
+        does = "looks at" if self.part.stage.is_identity else "measures"
+        return f"as it is, {count(self.numbers)} together: {does} them"
 
 
 def count(numbers: Sequence[int]) -> str:
@@ -347,6 +383,12 @@ def count(numbers: Sequence[int]) -> str:
 def put(result: Tensor, tensor: Any) -> None:
     """Write ``result`` into ``tensor``, each process its part of it."""
     tensor.copy_(distribute_like(result, tensor) if is_distributed(tensor) else result)
+
+
+def _put_all(olds: Sequence[State], news: Sequence[State]) -> None:
+    """Write new states, which are plain tensors, into the tensors of the old ones."""
+    pairs = [(old[key], new[key]) for old, new in zip(olds, news, strict=True) for key in new]
+    torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def put_states(old: State, new: State, *, gathered: bool = True) -> None:
@@ -360,7 +402,16 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 def without_aliases(state: State, *inputs: Tensor) -> State:
     """``state``, without sharing memory with ``inputs``, which are written to in place."""
-    storages = set(map(_storage, inputs)) - {None}
+    return without_storages(state, storages_of(inputs))
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
+    """The addresses of the memory of ``tensors``."""
+    return set(map(_storage, tensors)) - {None}
+
+
+def without_storages(state: State, storages: set[int | None]) -> State:
+    """``state``, without sharing one of ``storages``."""
     return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
 
 

@@ -41,7 +41,7 @@ class Plan:
         self.slot = slot
         self.items = items
         self.has_run = False
-        groups: list[Group] = [item.full_group | {"param": item.param} for item in items]
+        groups: list[Group] = [item.group | item.own_keys | {"param": item.param} for item in items]
         noted = list(map(NotedGroup, groups))
         try:
             self.parts = list(stage.split(noted, range(len(items)), f"{slot}."))
@@ -103,9 +103,11 @@ class Plan:
                 raise
         self._values = values
 
-    def run(self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool) -> Pass:
+    def run(
+        self, tensors: Sequence[Any], context: Mapping[str, Sequence[Any]], *, keeps_states: bool, step: int
+    ) -> Pass:
         """Transform all tensors in place."""
-        work = Pass(tensors, context, keeps_states)
+        work = Pass(tensors, context, keeps_states, step)
         for operation in self.operations:
             operation.run(work)
         self.has_run = True
@@ -140,7 +142,7 @@ class Plan:
                     raise located(TypeError(needs_dense(self.items[i].example)), self.slot, part, self.items[i])
             if not acting:
                 continue
-            if part.stage.measures:
+            if part.stage.measures or not part.stage.acts_on_each:
                 yield from self._programs(stretch, views)
                 stretch = []
                 if not part.stage.acts_on_each:
@@ -232,6 +234,7 @@ class SlotPlans:
         self.chains = chains
         self.param_table = param_table
         self.of: dict[str, Plan] = {}
+        self.have_grads = [grad is not None for grad in grads]
         self.grad_forms = Forms(grads)
         self.param_forms: Forms | None = None
         self.has_unusual_grads = any(

@@ -149,12 +149,15 @@ class Step:
     def commit(self) -> None:
         """Keep the new states, and show them to the inner optimizer."""
         self.keep_states()
+        self.engine.steps += 1
+        self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()
         self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the parameters back the values that they had, where they can have moved."""
+        """Give the parameters back the values that they had, where they can have moved; signals were for this step."""
+        self.engine.signals.clear()
         for param, value in zip(self.param_table.params, self.before, strict=False):
             param.copy_(value)
 
@@ -172,7 +175,9 @@ class Step:
         plan = self.plans.get(slot) if self.plans else None
         if plan is None:
             return
-        self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise))
+        # In a graph the number would be fixed.
+        number = 1 if torch.compiler.is_compiling() else self.engine.steps + 1
+        self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise, step=number))
 
     def _run_hooks(self, slot: str) -> None:
         for entry in self.param_table.entries if slot in self.owner._hooked_slots else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._sharding import local_part
-from gradchain.contract import Group, compute_dtype, is_same, show
+from gradchain.contract import ACTED, Group, State, compute_dtype, is_same, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
 from gradchain.stage import Combinator, Part, Stage
@@ -20,7 +21,7 @@ from gradchain.stage import Combinator, Part, Stage
 if TYPE_CHECKING:
     from gradchain.engine.operations import SlotTensor, View
 
-NUMBER, VALUE, CONTEXT, STATE, VIEW = "number:", "value:", "context:", "state:", "view:"
+NUMBER, VALUE, CONTEXT, STATE, VIEW, COUNT = "number:", "value:", "context:", "state:", "view:", "count:"
 """How the name of an input begins: a number or a tensor of the group, and so on."""
 
 ABSENT = object()
@@ -166,6 +167,7 @@ def trace_stages(
         tuple((name, form_of(value)) for name, value in item.context.items()),
         tuple((name, form_of(value)) for name, value in item.states.items()),
         tuple((path, name, form_of(value)) for path, view in views.items() for name, value in view.items()),
+        tuple(key for part in parts for key in item.counts_of(part)),
         count,
     )
     group = item.full_group
@@ -227,6 +229,8 @@ class _Attempt:
             if part.stage.stateful and not part.stage.shares_state:
                 for key in part.states_of(item.states):
                     self.inputs[STATE + part.path + key] = self._empty(local_part(item.states[part.path + key]))
+            for key, counter in item.counts_of(part).items():
+                self.inputs[COUNT + part.path + key] = self._empty(counter)
         self.recorder = Recorder(self.inputs)
         self.group = TracedGroup(group, self.recorder, compute_dtype(form.dtype).to_real(), fixed)
         self.views = {
@@ -258,7 +262,11 @@ class _Attempt:
             start = STATE + part.path
             state = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
             group = self.group | seen_by(part.stage, tensor, context) | self.views[part.path]
-            tensor, new_state = part.stage.act(tensor, group, state)
+            counter = COUNT + part.path
+            counts = {name[len(counter) :]: value for name, value in values.items() if name.startswith(counter)}
+            tensor, new_state = part.stage.act(tensor, group | {ACTED: True} if counts else group, state)
+            if counts:
+                outputs |= {counter + key: value for key, value in count_units(counts, new_state).items()}
             outputs |= {start + key: value for key, value in new_state.items()}
         return {TENSOR: tensor, **outputs}
 
@@ -280,6 +288,12 @@ def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict
     return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
 
 
+def count_units(counts: State, told: State) -> State:
+    """``counts``, and on how many units a stage acted of how many, as it has ``told`` among its new states."""
+    flags = told.pop(ACTED).to(torch.int64)
+    return {"acted": counts["acted"] + (flags.sum() if flags.ndim else flags), "units": counts["units"] + flags.numel()}
+
+
 def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
     """What has to hold so that traces hold, of which each is for an item."""
     found: dict[Any, Callable[[], bool]] = {}
@@ -288,12 +302,12 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
             found[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
-                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value)
+                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value, item.signals)
     return list(found.values())
 
 
-def _has(group: Group, key: str, value: Any) -> bool:
-    now = group.get(key, ABSENT)
+def _has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+    now = group.get(key, signals.get(key, ABSENT))
     return kind_of(now) == value if type(value) is Kind else is_same_value(now, value)
 
 

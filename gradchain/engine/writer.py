@@ -72,7 +72,7 @@ class Writer:
         self.lines: list[str] = []
         self.functions = SimpleNamespace()
         constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
-        constants |= {"divide": divide, "power": power, "scalar": scalar}
+        constants |= {"divide": divide, "power": power, "scalar": scalar, "vector_norm": torch.linalg.vector_norm}
         self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
         self.differing: list[Callable[[Trace], Any]] = []
         inputs = self.trace.inputs
@@ -387,8 +387,8 @@ class Writer:
 
     def _function(self, index: int, call: Call, name: str, options: dict[str, Any]) -> str:
         """The function to call: one of torch, which is faster, or the operation itself."""
-        if name == "norm" and self._has_long_norms(index):
-            return "norm"
+        if name == "norm":
+            return "norm" if self._has_long_norms(index) else "vector_norm"
         if name in TAKES_NUMBERS and not options:
             return f"torch.{name}"
         while self.functions.__dict__.setdefault(name, call.target) is not call.target:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradchain._norms import norm
+from gradchain.contract import note_acting
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -34,6 +35,7 @@ def shrinkage(length: Tensor, limit: float | Tensor) -> Tensor:
 
     An infinite limit leaves everything as it is: lengths that overflow, or are NaN, too.
     """
+    note_acting(length > limit)
     if not isinstance(limit, Tensor) and limit == 0:
         return torch.zeros_like(length)  # which has a derivative
     is_finite = limit < math.inf

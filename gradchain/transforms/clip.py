@@ -7,11 +7,13 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain._norms import norm
+from gradchain.bound import counted
 from gradchain.contract import Group
 from gradchain.transform import transform
 from gradchain.transforms._numerics import shorten
 
 
+@counted
 @transform
 def clip_by_norm(
     tensor: Tensor, group: Group, max_norm: Annotated[float, Gt(0)], *, ord: Annotated[float, Gt(0)] = 2.0
@@ -42,6 +44,7 @@ def clip_by_norm(
     return shorten(tensor, norm(tensor, ord), max_norm)
 
 
+@counted
 @transform
 def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]) -> Tensor:
     r"""Scale down so that the root mean square is at most ``threshold``.
@@ -68,6 +71,7 @@ def clip_by_rms(tensor: Tensor, group: Group, threshold: Annotated[float, Gt(0)]
     return shorten(tensor, norm(tensor) / math.sqrt(tensor.numel()), threshold)
 
 
+@counted
 @transform
 def clip_adaptive(
     tensor: Tensor, group: Group, clipping: Annotated[float, Gt(0)], eps: Annotated[float, Gt(0)] = 1e-3

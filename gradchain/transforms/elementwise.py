@@ -99,6 +99,24 @@ def _bounds(min: float | None, max: float | None) -> None:
 
 
 @transform(acts_on="element")
+def set_to_zero(tensor: Tensor, group: Group) -> Tensor:
+    r"""Replace each element by zero.
+
+    .. math:: 0
+
+    Acts on each element, NaN and infinity included. In ``update``, a parameter stays where it is: see ``freeze``.
+
+    Example:
+        >>> set_to_zero()(torch.tensor([3.0, -1.0]), {})
+        tensor([0., 0.])
+
+    References:
+        optax ``set_to_zero``.
+    """
+    return torch.zeros_like(tensor)
+
+
+@transform(acts_on="element")
 def zero_nonfinite(tensor: Tensor, group: Group) -> Tensor:
     r"""Replace NaN and infinite elements by zero.
 

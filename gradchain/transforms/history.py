@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from gradchain.bound import counted
 from gradchain.contract import Group, State
 from gradchain.transform import transform
 from gradchain.transforms._numerics import shrinkage
@@ -31,6 +32,7 @@ def _measure_history(
     return {"length": length, "limit": _percentile(norms, percentile)}, {"norms": norms}
 
 
+@counted
 @transform(init=_no_norms, acts_on="element", measure=_measure_history, measures_shards=True)
 def clip_by_history(
     tensor: Tensor,
@@ -98,6 +100,7 @@ def _measure_zscore(
     }
 
 
+@counted
 @transform(init=_no_moments, acts_on="element", measure=_measure_zscore, measures_shards=True)
 def clip_by_zscore(
     tensor: Tensor,

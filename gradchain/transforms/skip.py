@@ -42,9 +42,20 @@ def _measure_finite(tensors: Sequence[Tensor], state: State, max_consecutive: in
 
 
 def _measure_length(
-    tensors: Sequence[Tensor], state: State, max_norm: float, max_consecutive: int, *, ord: float
+    tensors: Sequence[Tensor],
+    state: State,
+    max_norm: float,
+    max_consecutive: int,
+    *,
+    ord: float,
+    by: str | None,
+    group: Group,
 ) -> tuple[Group, State]:
-    length = measure_global_norm(tensors, ord=ord)["global_norm"]
+    if by is not None and by not in group:
+        raise ValueError(
+            f'skip_large reads group["{by}"], which is not there; call optimizer.signal({by}=...) before each step'
+        )
+    length = measure_global_norm(tensors, ord=ord)["global_norm"] if by is None else group[by]
     return _count(~(length <= max_norm), state, max_consecutive)  # not length > max_norm, which is false for NaN
 
 
@@ -99,8 +110,9 @@ def skip_large(
     max_consecutive: Annotated[int, Ge(0)] = 10,
     *,
     ord: Annotated[float, Gt(0)] = 2.0,
+    by: str | None = None,
 ) -> Tensor:
-    r"""Skip the whole step if the ``ord``-norm of all tensors together is above ``max_norm``, or NaN.
+    r"""Skip the whole step if the ``ord``-norm of all tensors together, or the loss, is above ``max_norm``, or NaN.
 
     .. math:: t \text{ if } \|T\|_{ord} \le c, \; T = (t_1, t_2, \dots), \text{ else the step is not made}
 
@@ -112,9 +124,11 @@ def skip_large(
         max_norm: The largest norm to make a step with, in units of the tensors; above 0, and infinite to skip only NaN.
         max_consecutive: How many steps in a row may be skipped; at least 0. One more is an error.
         ord: The order of the norm, as in ``torch.linalg.vector_norm``; above 0.
+        by: The key of a signal to compare in place of the norm, a number: ``skip_large(8.0, by="loss")``, with
+            ``optimizer.signal(loss=loss)`` before each step.
 
     Raises:
-        ValueError: ``max_norm`` or ``ord`` is not above 0, or ``max_consecutive`` is below 0.
+        ValueError: ``max_norm`` or ``ord`` is not above 0, or ``max_consecutive`` is below 0; or the signal is missing.
         RuntimeError: By the optimizer: more than ``max_consecutive`` steps in a row were skipped.
 
     Example:

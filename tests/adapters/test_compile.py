@@ -83,10 +83,11 @@ CHAINS: list[dict[str, Any]] = [
     {"pre": gc.masked(gc.scale(2.0), lambda group: len(group["shape"]) == 1)},
     {"pre": gc.partition({1: gc.sign(), 2: gc.scale(0.5)}, by="kind"), "defaults": {"kind": 2}},
     {"update": gc.chain(gc.cautious(), gc.decay_weights(0.1)), "post": gc.param_ema(0.9)},
-    {"pre": lambda tensor, group: tensor / (1 + tensor.abs()), "grad_scale": 0.5},
+    {"pre": gc.chain(lambda tensor, group: tensor / (1 + tensor.abs())), "grad_scale": 0.5},
     {"post": gc.masked(lambda tensor, group: tensor / 2, torch.tensor(True))},
     # found: 39
     {"pre": gc.chain(gc.add_noise(0.1), gc.dropout(0.5)), "update": gc.add_noise(0.1, seed=1)},
+    {"pre": gc.chain(gc.monitor(), gc.clip_by_norm(0.5)), "update": gc.monitor(), "post": gc.monitor()},
     {"pre": gc.amplify_slow(2.0, 0.9), "update": gc.with_error_feedback(gc.sign()), "post": gc.lookahead(2, 0.5)},
 ]
 
@@ -113,6 +114,17 @@ def test_one_graph_as_of_the_inner_optimizer(chains: dict[str, Any], InnerOpt: A
     breaks, graphs = compare(lambda params: ParamTransformingOptimizer(params, InnerOpt, lr=0.1, **chains))
     assert breaks <= compile_bare(InnerOpt)[0]
     assert graphs == compile_bare(InnerOpt)[1] == 1
+
+
+def test_signals_and_counts_need_one_graph() -> None:
+    def signal(optimizer: Any, number: int) -> None:
+        optimizer.metrics()
+        optimizer.signal(loss=torch.tensor(float(number)))
+
+    pre = gc.chain(lambda tensor, group: tensor * group["loss"], gc.clip_by_norm(0.5), gc.clip_by_global_norm(0.5))
+    breaks, graphs = compare(lambda params: ParamTransformingOptimizer(params, Adam, lr=0.1, pre=pre), signal)
+    assert breaks <= compile_bare(Adam)[0]
+    assert graphs == 1
 
 
 def test_one_graph_of_several_optimizers() -> None:
@@ -184,7 +196,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(each.__name__ for each in changes))
 def test_what_changes_between_steps_counts(changes: Sequence[Callable[[Optimizer], None]]) -> None:
     compare(
         lambda params: ParamTransformingOptimizer(

@@ -35,6 +35,7 @@ COMBINED: dict[str, list[Stage]] = {
     "chain": [gc.chain(gc.ema(0.9), gc.skip_large(100.0), gc.clip_by_norm(0.5), gc.clip_by_global_norm(1.0))],
     "freeze": [gc.freeze("1"), gc.freeze(tensor([True, False, True]))],
     "masked": [gc.masked(gc.normalize(), is_first), gc.masked(gc.ema(0.9), tensor([True, False, False]))],
+    "monitor": [gc.monitor("all"), gc.masked(gc.monitor(), is_first)],
     "partition": [gc.partition({"0": gc.keep_top_q(0.5), "*": gc.ema(0.9)})],
     "with_error_feedback": [gc.with_error_feedback(gc.chain(gc.keep_top_q(0.25), gc.clip_by_history(50.0)))],
 }

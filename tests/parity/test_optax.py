@@ -116,6 +116,7 @@ IS_BIAS = {name: name.endswith("bias") for name in SHAPES}
 ROWS = [
     # Stateless, of gradients.
     Row("sign", lambda: gc.sign(), lambda: optax.scale_by_sign()),
+    Row("set_to_zero", lambda: gc.set_to_zero(), lambda: optax.set_to_zero()),
     Row("scale", lambda: gc.scale(-0.3), lambda: optax.scale(-0.3)),
     Row("scale", lambda: gc.scale(-0.3), lambda: optax.scale_by_learning_rate(0.3), label="learning_rate"),
     Row("clamp", lambda: gc.clamp(-0.5, 0.5), lambda: optax.clip(0.5)),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from gradchain import Group, Transform, add, chain, clamp, scale, sign, zero_nonfinite
+from gradchain import Group, Transform, add, chain, clamp, scale, set_to_zero, sign, zero_nonfinite
 from tests.strategies import pairs, tensors
 
 
@@ -25,6 +25,7 @@ from tests.strategies import pairs, tensors
         (clamp(-1), {}, [-5.0, 0.5, 5.0], [-1.0, 0.5, 5.0]),
         (clamp(max=-1), {}, [-5.0, 0.5, 5.0], [-5.0, -1.0, -1.0]),
         (clamp(-1, 2).named("grad"), {"grad.max": 0, "clamp.max": 1}, [-5.0, 5.0], [-1.0, 0.0]),
+        (set_to_zero(), {}, [nan, -1.5, inf], [0.0, 0.0, 0.0]),
         (zero_nonfinite(), {}, [nan, -1.5, inf, -inf], [0.0, -1.5, 0.0, 0.0]),
     ],
 )

@@ -450,7 +450,7 @@ def test_ball_around_reference_keeps_its_centre_in_float32() -> None:
         (
             lambda: around(gc.project_ball_around_reference(1.0, ord=inf), torch.zeros(1), tensor([1j])),
             TypeError,
-            "project_ball_around_reference(radius=1.0, ord=inf) acts on real tensors, got torch.complex64",
+            "project_ball_around_reference(radius=1.0, ord=torch.inf) acts on real tensors, got torch.complex64",
         ),
     ],
 )
