@@ -144,7 +144,7 @@ class Engine:
         if self.counts is None:
             self.counts, self._plans = {}, None
 
-    def have_grads(self) -> list[bool]:
+    def have_grads(self) -> Sequence[bool]:
         """Which parameters had a gradient in the last step, as far as it is known."""
         count = len(self.param_table.params)
         return self._had_grads if len(self._had_grads) == count else [True] * count
