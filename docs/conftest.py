@@ -12,11 +12,13 @@ NEEDS = {
     "how-to/opacus.md": ("opacus",),
     "how-to/trainer-and-peft.md": ("transformers", "peft"),
 }
-collect_ignore = [page for page, modules in NEEDS.items() if not all(map(find_spec, modules))]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let frameworks warn of what is not ours."""
+    """Skip pages of what is not installed, and let frameworks warn of what is not ours."""
+    needs = {Path(__file__).parent / page: modules for page, modules in NEEDS.items()}
     for item in items:
-        if any(item.path == Path(__file__).parent / page for page in NEEDS):
+        if item.path in needs:
+            missing = [module for module in needs[item.path] if find_spec(module) is None]
+            item.add_marker(pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
             item.add_marker(pytest.mark.filterwarnings("default"))
