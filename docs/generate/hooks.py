@@ -54,6 +54,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
     """Render formulas, and link names of the interface, in code, to their pages."""
     html = re.sub(r'<(div|span) class="arithmatex">\\[\[(](.+?)\\[\])]</\1>', _formula, html, flags=re.DOTALL)
     names = "|".join(map(re.escape, public_names()))
+    code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
     skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
     if page.file.src_uri.startswith(("parity", "coming-from")):
         skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
@@ -65,7 +66,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
             return match[0]
         return f'<a class="code" href="{get_relative_url(target, page.url)}">{match[0]}</a>'
 
-    return re.sub(rf"{skipped}|<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>", link, html, flags=re.DOTALL)
+    return re.sub(f"{skipped}|{code}", link, html, flags=re.DOTALL)
 
 
 def on_post_page(output: str, **_: Any) -> str:
