@@ -33,8 +33,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
     folders = {"How do I ...?": folder("how-to"), "Coming from": folder("coming-from")}
     recipes, coming_from = ([{title: paths}] if paths else [] for title, paths in folders.items())
+    guide = {"Guide": [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]}
     about = ["how-it-works.md", "environments.md", "benchmarks.md", "limits.md", "changelog.md"]
-    config.nav = [{"Home": "index.md"}, *recipes, *pages.navigation(), *coming_from, {"About": about}]
+    config.nav = [{"Home": "index.md"}, guide, *recipes, *pages.navigation(), *coming_from, {"About": about}]
     return config
 
 

@@ -81,7 +81,7 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     their slots.
 
     If a transform raises, parameters and the states of transforms are as they were before the step; the same holds for
-    hooks. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
+    hooks. Gradients and the state of the inner optimizer can have changed already; only in the first step,
     gradients on which ``pre`` failed are as before. After Ctrl-C, a lack of memory or an error of the inner optimizer,
     load the last checkpoint.
 
