@@ -43,14 +43,24 @@ def is_long(size: int, ord: float = 2.0) -> bool:
     There each thread adds up its elements one after the other: the 2-norm of 1e7 elements in float32 is off by
     4e-4, their 1-norm by 6e-3, and where all elements are equal, 2**14 elements are enough for 1e-5.
     """
-    return size >= (2**14 if ord == 2 else 2**12) and ord != math.inf
+    return size >= _shortest(ord)
 
 
-def norms(tensors: Sequence[Tensor], ord: float = 2.0, *, dtype: torch.dtype | None = None) -> list[Tensor]:
+def _shortest(ord: float) -> float:
+    return math.inf if ord == math.inf else 2**14 if ord == 2 else 2**12
+
+
+def norms(
+    tensors: Sequence[Tensor], ord: float = 2.0, *, dtype: torch.dtype | None = None
+) -> list[Tensor] | tuple[Tensor, ...]:
     """The norm of all entries of each tensor."""
-    long = [tensor.is_cpu and is_long(tensor.numel(), ord) for tensor in tensors]
-    short = [tensor for tensor, is_one in zip(tensors, long, strict=True) if not is_one]
-    rest = iter(torch._foreach_norm(short, ord, dtype=dtype) if short else ())
+    shortest = _shortest(ord)
+    short = [tensor for tensor in tensors if tensor.numel() < shortest or not tensor.is_cpu]
+    rest = torch._foreach_norm(short, ord, dtype=dtype) if short else ()
+    if len(rest) == len(tensors):
+        return rest
+    lengths = iter(rest)
     return [
-        norm(tensor, ord, dtype=dtype) if is_one else next(rest) for tensor, is_one in zip(tensors, long, strict=True)
+        norm(tensor, ord, dtype=dtype) if tensor.is_cpu and tensor.numel() >= shortest else next(lengths)
+        for tensor in tensors
     ]

@@ -127,7 +127,7 @@ def is_placed_like(value: Any, tensor: Any, split: int) -> bool:
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Lists of those that have elements, one dtype and one distribution; a sum over processes is added up first."""
+    """Lists of those that have elements, one dtype, device and distribution; a sum of processes is added up first."""
     lists: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() > 0:
@@ -137,7 +137,7 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
                 place = distributed.device_mesh, distributed.placements
                 if is_partial(distributed):
                     tensor, place = gather(tensor), None
-            lists.setdefault((tensor.dtype, place), []).append(tensor)
+            lists.setdefault((tensor.dtype, tensor.device, place), []).append(tensor)
     return list(lists.values())
 
 

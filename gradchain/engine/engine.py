@@ -336,20 +336,25 @@ class Engine:
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads):
-            for index, group in enumerate(param_table.groups):
-                check_support(index, group)  # which can have changed since construction
-            known = SlotPlans(chains, param_table, grads)
-            known.of = {
-                slot: self._make_plan(slot, param_table, grads)
-                for slot, stages in zip(SLOTS, chains, strict=True)
-                if stages
-            }
-            known.finish()
+            known = self._make_plans(chains, param_table, grads)
             self._plans = known if known.can_be_kept else None
         for plan in known.of.values():
             plan.prepare()
         self._had_grads = known.have_grads
         return known
+
+    @torch.no_grad()
+    def _make_plans(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> SlotPlans:
+        for index, group in enumerate(param_table.groups):
+            check_support(index, group)  # which can have changed since construction
+        plans = SlotPlans(chains, param_table, grads)
+        plans.of = {
+            slot: self._make_plan(slot, param_table, grads)
+            for slot, stages in zip(SLOTS, chains, strict=True)
+            if stages
+        }
+        plans.finish()
+        return plans
 
     def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
         stage = self.stage(slot)

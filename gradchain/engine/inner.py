@@ -19,7 +19,7 @@ from gradchain.engine.select import Key, Params, list_groups, override_groups, r
 Factory: TypeAlias = Callable[..., Optimizer]
 """An optimizer type, or a ``functools.partial`` of one."""
 
-InnerOptimizers: TypeAlias = Optimizer | Factory | Sequence[Optimizer] | Mapping[Key, Factory]
+InnerOptimizers: TypeAlias = Optimizer | Factory | Sequence[Optimizer] | Mapping[Any, Factory]
 """What the argument ``InnerOpt`` can be."""
 
 
@@ -27,7 +27,7 @@ def make_inner(
     params: Params | None,
     InnerOpt: InnerOptimizers,
     kwargs: dict[str, Any],
-    groups: Mapping[Key, Mapping[str, Any]] | None,
+    groups: Mapping[Any, Mapping[str, Any]] | None,
     model: nn.Module | None,
 ) -> Optimizer:
     """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``."""
@@ -73,7 +73,7 @@ def make_inner(
 
 
 def _make_several(
-    groups: Sequence[Group], factories: Mapping[Key, Factory], names: Mapping[Tensor, str]
+    groups: Sequence[Group], factories: Mapping[Any, Factory], names: Mapping[Tensor, str]
 ) -> CombinedOptimizer:
     split = [split_group(group, list(factories), names, "InnerOpt") for group in groups]
     for each in split:

@@ -124,6 +124,8 @@ class Operation(ABC):
     precedes_skip = False
     reads_params = True
     """Whether it can read ``group["param"]``."""
+    depends: Sequence[Callable[[], bool]] = ()
+    """Whether what it depends on besides the tensors is as it was."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
@@ -148,10 +150,6 @@ class Operation(ABC):
         """What runs, as lines of comments and of code."""
         places = "; ".join(": ".join(part.places) for part in self.parts)
         return [" ".join(f"# {self.slot}: {places}: {self.describe()}".split())]
-
-    def holds(self) -> bool:
-        """Whether what it depends on besides the tensors is as it was."""
-        return True
 
     def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
         """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
@@ -258,9 +256,6 @@ class Gathering(AsItIs):
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
 
-    def holds(self) -> bool:
-        return all(holds() for holds in self.depends)
-
     def context_of(self, number: int) -> Iterable[str]:
         traced = self.traced[number]
         return [key for key in self.items[number].context if traced is None or traced.reads(key)]
@@ -300,7 +295,8 @@ class Measure(Operation):
 
     def run(self, work: Pass) -> None:
         see = gather if self.gathers else (lambda value: value)
-        tensors = [see(work.tensors[i].detach()) for i in self.acting]
+        given = [work.tensors[i] for i in self.acting]
+        tensors = [see(tensor.detach() if tensor.requires_grad else tensor) for tensor in given]
         old = self.states[0] if self.states else {}
         state = {key: see(value) for key, value in old.items()}
         try:

@@ -64,7 +64,7 @@ def require_all_taken(split: Mapping[int | None, Group], keys: Iterable[Key], na
 
 
 def override_groups(
-    groups: Iterable[Group], overrides: Mapping[Key, Mapping[str, Any]] | None, names: Mapping[Tensor, str]
+    groups: Iterable[Group], overrides: Mapping[Any, Mapping[str, Any]] | None, names: Mapping[Tensor, str]
 ) -> list[Group]:
     """``groups``, in which the parameters that a key of ``overrides`` chooses have groups with values of their own."""
     keys = list(overrides or ())

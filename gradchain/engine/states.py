@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
@@ -96,6 +97,8 @@ class TransformStates:
         self._shown: dict[Tensor, None] = {}
         self._fitted: dict[tuple[Tensor, str], Any] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
+        self._seen: tuple[list[Tensor], list[State], list[State | None]] = [], [], []
+        """What the inner optimizer had when it was shown all states: its parameters, its states, and these in them."""
 
     def copy(self) -> TransformStates:
         """The same states in other tensors, to go on with apart from the optimizer."""
@@ -147,12 +150,28 @@ class TransformStates:
 
         Not before the inner optimizer has seen a gradient: many make their own state only where there is none.
         """
+        if params is None and (not self.by_param or self._is_as_seen(inner_opt)):
+            return
         known = [param for param in self.by_param if param.grad is not None] if params is None else params
         for param in known:
             # ZeroRedundancyOptimizer has None for what other processes have.
             if param in self.by_param and inner_opt.state.get(param, {}) is not None:
                 inner_opt.state[param][KEY] = self.by_param[param]
                 self._shown[param] = None
+        if params is None and all(isinstance(state, dict) for state in inner_opt.state.values()):
+            states = list(inner_opt.state.values())
+            self._seen = list(inner_opt.state), states, [state.get(KEY) for state in states]
+
+    def _is_as_seen(self, inner_opt: Optimizer) -> bool:
+        """Whether the inner optimizer has all states, as it was shown them, found out without a look-up for each."""
+        params, states, own = self._seen
+        return (
+            len(params) == len(inner_opt.state)
+            and len(self._shown) == len(self.by_param)
+            and all(map(is_, inner_opt.state, params))
+            and all(map(is_, inner_opt.state.values(), states))
+            and all(map(is_, map(dict.get, states, repeat(KEY)), own))
+        )
 
     @property
     def are_shown(self) -> bool:
@@ -161,6 +180,8 @@ class TransformStates:
 
     def take_over_from(self, inner_opt: Optimizer) -> bool:
         """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""
+        if self._is_as_seen(inner_opt):
+            return False
         found = {param: inner_opt.state.get(param, {}).get(KEY) for param in self._shown}
         changed = {param: state for param, state in found.items() if state is not self.by_param.get(param)}
         for param, state in changed.items():

@@ -18,13 +18,13 @@ from gradchain.transforms._numerics import floor, shorten
 def measure_global_norm(tensors: Sequence[Tensor], *, ord: float = 2.0, **arguments: Any) -> Group:
     """The ``ord``-norm of all elements of all tensors, as ``group["global_norm"]``."""
     device = tensors[0].device
-    lengths = [length.to(device) for same in by_kind(tensors) for length in _norms(same, ord)]
+    lengths = [torch.stack(_norms(same, ord)).to(device) for same in by_kind(tensors)]
     if not lengths:
         return {"global_norm": torch.zeros((), device=device)}
-    return {"global_norm": norm(torch.stack(lengths), ord)}
+    return {"global_norm": norm(torch.cat(lengths), ord)}
 
 
-def _norms(tensors: list[Tensor], ord: float) -> Sequence[Tensor]:
+def _norms(tensors: list[Tensor], ord: float) -> list[Tensor] | tuple[Tensor, ...]:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     if torch._C._are_functorch_transforms_active():  # functorch does not know functions of lists
         return [norm(tensor, ord, dtype=dtype) for tensor in tensors]

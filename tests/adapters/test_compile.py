@@ -83,7 +83,7 @@ CHAINS: list[dict[str, Any]] = [
     {"pre": gc.masked(gc.scale(2.0), lambda group: len(group["shape"]) == 1)},
     {"pre": gc.partition({1: gc.sign(), 2: gc.scale(0.5)}, by="kind"), "defaults": {"kind": 2}},
     {"update": gc.chain(gc.cautious(), gc.decay_weights(0.1)), "post": gc.param_ema(0.9)},
-    {"pre": lambda tensor, group: tensor / (1 + tensor.abs()), "grad_scale": 0.5},
+    {"pre": gc.chain(lambda tensor, group: tensor / (1 + tensor.abs())), "grad_scale": 0.5},
     {"post": gc.masked(lambda tensor, group: tensor / 2, torch.tensor(True))},
     # found: 39
     {"pre": gc.chain(gc.add_noise(0.1), gc.dropout(0.5)), "update": gc.add_noise(0.1, seed=1)},
@@ -196,7 +196,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(each.__name__ for each in changes))
 def test_what_changes_between_steps_counts(changes: Sequence[Callable[[Optimizer], None]]) -> None:
     compare(
         lambda params: ParamTransformingOptimizer(

@@ -87,6 +87,7 @@ def test_a_closure_is_passed_by_position(adapt: Adapt) -> None:
     assert_same(values(models[1]), values(models[0]))
 
 
+@pytest.mark.one_optimizer
 def test_its_optimizer_shows_ours(adapt: Adapt) -> None:
     model, plain = make_model(), make_model()
     ours = adapt(make_adamw(model), **CHAINS)

@@ -108,6 +108,7 @@ def test_half_parameters_without_chains(adapt: Adapt, device: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.one_optimizer
 def test_half_parameters_are_transformed_in_float32(adapt: Adapt, device: str, dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.zeros(300, dtype=dtype, device=device))
     optimizer = adapt(SGD([p], lr=1.0), pre=clip_by_global_norm(10.0), post=project_linf_ball(0.5), param_ndim=None)

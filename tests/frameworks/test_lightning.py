@@ -281,6 +281,7 @@ def test_its_view_of_the_optimizer() -> None:
     torch.testing.assert_close(seen[-1], by_hand.averages)
 
 
+@pytest.mark.one_optimizer
 def test_added_from_outside_by_a_callback(adapt: Adapt) -> None:
     class Attach(pl.Callback):  # type: ignore[misc, name-defined]
         def on_fit_start(self, trainer: Any, module: Any) -> None:
@@ -339,6 +340,7 @@ def test_attached_to_the_optimizer_that_lightning_shows() -> None:
         ("BackboneFinetuning", {"unfreeze_backbone_at_epoch": 1}),  # adds a param group
     ],
 )
+@pytest.mark.one_optimizer
 def test_callbacks_that_touch_the_optimizer(adapt: Adapt, callback: str, kwargs: dict[str, Any]) -> None:
     class WithBackbone(Module):
         @property

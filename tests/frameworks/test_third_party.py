@@ -25,6 +25,8 @@ from tests.frameworks.common import (
     values,
 )
 
+pytestmark = pytest.mark.one_optimizer
+
 others = pytest.importorskip("pytorch_optimizer")
 schedulefree = pytest.importorskip("schedulefree")
 

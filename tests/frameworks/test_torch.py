@@ -28,6 +28,8 @@ from tests.frameworks.common import (
     values,
 )
 
+pytestmark = pytest.mark.one_optimizer
+
 
 def classes(module: Any, base: type) -> set[Any]:
     """The classes of a module that derive from ``base``."""

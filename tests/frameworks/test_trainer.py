@@ -56,6 +56,7 @@ def make_trainer(
         model,
         args,
         train_dataset=ROWS,
+        eval_dataset=ROWS,
         optimizers=optimizers,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
