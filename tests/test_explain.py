@@ -344,6 +344,13 @@ def test_html_escapes() -> None:
     assert texts(html) == ["</p>&", "1 < 2"]
 
 
+def test_columns_of_tables_do_not_touch() -> None:
+    optimizer = ParamTransformingOptimizer([nn.Parameter(torch.ones(2))], lr=0.1)
+    for shown in (explain(sign(), torch.ones(2)), optimizer):
+        for each in ElementTree.fromstring(shown._repr_html_()).iter():
+            assert each.tag not in ("td", "th") or "padding" in each.attrib["style"]
+
+
 def test_html_of_chains_and_optimizers() -> None:
     stages = ["<lambda>", "clip_by_norm(max_norm=1.0)"]
     assert texts(show_chain(stages)) == ["chain", *stages]

@@ -41,7 +41,7 @@ class Traced:
     def holds(self, group: Group) -> bool:
         """Whether it is a trace for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
-            _has(group, key, value) for key, value in self.keys.items()
+            has(group, key, value) for key, value in self.keys.items()
         )
 
     def reads(self, key: str) -> bool:
@@ -320,13 +320,14 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
             found[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
-                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value, item.signals)
+                found[id(item.group), key, id(value)] = partial(has, item.group, key, value, item.signals)
     return list(found.values())
 
 
-def _has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+    """Whether a group, or a signal, still has the value, or one of the kind, that it had under ``key``."""
     now = group.get(key, signals.get(key, ABSENT))
-    return kind_of(now) == value if type(value) is Kind else is_same_value(now, value)
+    return now is value or (kind_of(now) == value if type(value) is Kind else is_same_value(now, value))
 
 
 def form_of(value: Any) -> Any:
