@@ -38,10 +38,12 @@ docs-serve: $(VENV)/docs
 clean:
 	rm -rf .venv .venv-frameworks build demo
 
-# The constraints hold for the build backend too, hence the variable and not -c.
+# The constraints hold for the build backend too, hence the variable and not -c. torchattacks pins an old requests, which
+# it does not import.
 $(VENV)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(if $(findstring frameworks,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torchattacks)
 	touch $@
 
 # Without its dependencies: what is compared needs neither torchvision nor torchmetrics.
