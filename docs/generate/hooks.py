@@ -28,12 +28,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     docs = Path(config.docs_dir)
 
     def folder(name: str) -> list[str]:
-        found = sorted((docs / name).glob("*.md"), key=lambda path: (path.name != "index.md", path.name))
+        index = docs / name / "index.md"
+        order = index.read_text(encoding="utf-8") if index.exists() else ""
+        found = sorted((docs / name).glob("*.md"), key=lambda path: (path != index, order.find(f"({path.name}"), path))
         return [str(path.relative_to(docs)) for path in found]
 
     folders = {"How do I ...?": folder("how-to"), "Coming from": folder("coming-from")}
     recipes, coming_from = ([{title: paths}] if paths else [] for title, paths in folders.items())
-    about = ["how-it-works.md", "environments.md", "parity.md", "benchmarks.md", "limits.md", "changelog.md"]
+    optax = [pages.OPTAX] if pages.OPTAX == "parity.md" else []
+    about = ["how-it-works.md", "environments.md", *optax, "benchmarks.md", "limits.md", "changelog.md"]
     config.nav = [{"Home": "index.md"}, *recipes, *pages.navigation(), *coming_from, {"About": about}]
     return config
 
