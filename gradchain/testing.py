@@ -56,6 +56,9 @@ def check_transform(
     A stateful transform is checked in its first step, which must leave the given state alone and return the next one
     in the same form, neither of them sharing memory with the input.
 
+    It takes about a second, and a few more in the first call of a process, which imports the compiler.
+    ``skip={"compiles"}`` leaves that law to CI.
+
     Args:
         transform: The transform, any callable ``(tensor, group) -> tensor``.
         group: The keys that it reads. ``"param"`` and ``"grad"`` are always there, shaped like the tensor.
