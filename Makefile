@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz lint bench scoreboard clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
@@ -27,6 +27,10 @@ lint: $(VENV)/done
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks
+
+scoreboard:
+	$(MAKE) .venv-frameworks/done VENV=.venv-frameworks EXTRAS=test,frameworks
+	.venv-frameworks/bin/python -m tests.frameworks.scoreboard
 
 clean:
 	rm -rf .venv .venv-frameworks demo
