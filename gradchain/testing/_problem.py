@@ -26,10 +26,8 @@ class Problem(nn.Module):
     def __init__(self, shapes: Shapes, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        starts, self.targets = (
-            [torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(2)
-        )
-        self.params = nn.ParameterList(starts)
+        self.params = nn.ParameterList(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        self.targets: Sequence[Tensor] = [torch.randn(p.shape, generator=generator).to(dtype) for p in self.params]
 
     def closure(self) -> Any:
         """Compute the gradients, and return the loss; not typed, since torch says that it is a float."""

@@ -20,6 +20,16 @@ from gradchain.testing.optimizer_laws import LAWS, how_broken
 PAGE = Path(__file__).parents[2] / "docs" / "scoreboard.md"
 KEPT, BROKEN, INAPPLICABLE = "✓", "✗", "-"
 
+INTRODUCTION = f"""# Which optimizer keeps which law
+
+`gradchain.testing.check_optimizer` tests what those who use an optimizer rely on; its docstring says what each law is.
+{KEPT} is a law that is kept, {BROKEN} one that is broken, and {INAPPLICABLE} one about something that the optimizer
+does not have. A broken law is not always a bug: it says what not to rely on. `gradchain(AdamW)` is AdamW with
+transforms in all three slots, which write gradients as `clip_grad_norm_` does.
+
+`make scoreboard` writes this page, and a test fails if it is not what the code gives: torch {{torch}}, {{others}}.
+"""
+
 Make = Callable[[Any], Optimizer]
 
 
@@ -83,17 +93,7 @@ def page(scores: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("pytorch-optimizer", "schedulefree"))
     return "\n".join(
         [
-            "# Which optimizer keeps which law",
-            "",
-            "`gradchain.testing.check_optimizer` tests what those who use an optimizer rely on; its docstring says",
-            f"what each law is. {KEPT} is a law that is kept, {BROKEN} one that is broken, and {INAPPLICABLE} one about "
-            "something that the",
-            "optimizer does not have. A broken law is not always a bug: it says what not to rely on. `gradchain(AdamW)`",
-            "is AdamW with transforms in all three slots, which write gradients as `clip_grad_norm_` does.",
-            "",
-            "`make scoreboard` writes this page, and a test fails if it is not what the code gives:",
-            f"torch {torch.__version__.split('+')[0]}, {versions}.",
-            "",
+            INTRODUCTION.format(torch=torch.__version__.split("+")[0], others=versions),
             "## torch.optim",
             "",
             *table({name: scores[name] for name in TORCH}),
