@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
 
-.PHONY: demo test fuzz lint bench scoreboard clean
+.PHONY: demo test fuzz lint bench scoreboard docs docs-serve clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
@@ -26,14 +26,21 @@ lint: $(VENV)/done
 	$(BIN)/basedpyright
 
 bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --page docs/benchmarks.md
+
+# Warnings are errors; NO_MKDOCS_2_WARNING is for an advertisement of the theme.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+docs-serve: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 scoreboard:
 	$(MAKE) .venv-frameworks/done VENV=.venv-frameworks EXTRAS=test,frameworks
 	.venv-frameworks/bin/python -m tests.frameworks.scoreboard
 
 clean:
-	rm -rf .venv .venv-frameworks demo
+	rm -rf .venv .venv-frameworks build demo
 
 # The constraints hold for the build backend too, hence the variable and not -c.
 $(VENV)/done: pyproject.toml constraints.txt
@@ -45,4 +52,8 @@ $(VENV)/done: pyproject.toml constraints.txt
 $(VENV)/bench: $(VENV)/done
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[bench]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps rai-toolbox
+	touch $@
+
+$(VENV)/docs: $(VENV)/done
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

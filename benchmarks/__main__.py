@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,27 +18,40 @@ from benchmarks.workloads import gradients
 
 WIDTHS = (36, 21, 24, 35, 35, 9, 7)
 MIB = 2**20
+MARK = "<!-- make bench writes what follows -->\n"
 
 
 def main() -> None:
-    """Measure, and print each row when it is there."""
+    """Measure, print each row when it is there, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression that a row has to match")
     parser.add_argument("--repetitions", type=int, default=100, help="of a fast case; slow ones have fewer")
+    parser.add_argument("--page", type=Path, help=f"a page whose end, after {MARK.strip()!r}, becomes the table")
     arguments = parser.parse_args()
 
-    print(machine(arguments.device), end="\n\n")
-    print_row("case", "workload", "against", "ours: median (min to max)", "theirs", "ratio", "at most")
-    print_row(*("-" * width for width in WIDTHS))
-    for case in cases.timed(arguments.device):
+    lines = []
+    for line in table(arguments.device, arguments.only, arguments.repetitions):
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.page:
+        start, mark, _ = arguments.page.read_text(encoding="utf-8").partition(MARK)
+        arguments.page.write_text("\n".join([start + mark, *lines, ""]), encoding="utf-8")
+
+
+def table(device: str, only: str, repetitions: int) -> Iterator[str]:
+    """Measure, line by line."""
+    yield f"{machine(device)}; at most {repetitions} steps a row.\n"
+    yield row("case", "workload", "against", "ours: median (min to max)", "theirs", "ratio", "at most")
+    yield row(*("-" * width for width in WIDTHS))
+    for case in cases.timed(device):
         place = (case.name, case.workload.name, case.against)
-        if re.search(arguments.only, " | ".join(place)):
-            print_row(*place, *timed_cells(case, arguments.device, arguments.repetitions))
+        if re.search(only, " | ".join(place)):
+            yield row(*place, *timed_cells(case, device, repetitions))
     for memory_case in cases.MEMORY:
         place = (memory_case.name, MEMORY_WORKLOAD.name, "memory of the parameters")
-        if re.search(arguments.only, " | ".join(place)):
-            print_row(*place, *memory_cells(memory_case, arguments.device))
+        if re.search(only, " | ".join(place)):
+            yield row(*place, *memory_cells(memory_case, device))
 
 
 def machine(device: str) -> str:
@@ -83,9 +98,9 @@ def verdict(ratio: float, at_most: float | None) -> tuple[str, str]:
     return f"**{ratio:.3f}**" if ratio > at_most else f"{ratio:.3f}", f"{at_most:.2f}"
 
 
-def print_row(*cells: str) -> None:
-    """Print a row of a Markdown table."""
-    print("|", " | ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)), "|", flush=True)
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True))} |"
 
 
 if __name__ == "__main__":

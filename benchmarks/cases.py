@@ -130,17 +130,17 @@ def _norms() -> Iterator[Case]:
         )
 
 
-def _several() -> Iterator[Case]:
-    for workload in (SOME, GPT2):
-        theirs = peers.clip_grad_norm_of_two
-        yield Case("Muon and AdamW as one, global norm", workload, as_one, "clip_grad_norm_, both", theirs, 1.03)
-
-
 def _monitored() -> Iterator[Case]:
     for name, inner in (("SGD", sgd), ("Adam", adam)):
         yield Case(f"monitor(), {name}", GPT2, Ours(monitor(), inner=inner), "without", Ours(inner=inner))
         ours, theirs = Ours(monitor(every=50), inner=inner, times=50), Ours(inner=inner, times=50)
         yield Case(f"50 steps of monitor(every=50), {name}", GPT2, ours, "without", theirs, 1.05)
+
+
+def _several() -> Iterator[Case]:
+    for workload in (SOME, GPT2):
+        theirs = peers.clip_grad_norm_of_two
+        yield Case("Muon and AdamW as one, global norm", workload, as_one, "clip_grad_norm_, both", theirs, 1.03)
 
 
 def soft_sign(tensor: Tensor, group: Group) -> Tensor:

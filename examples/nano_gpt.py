@@ -48,8 +48,8 @@ class Block(nn.Module):
         q, k, v = self.hidden["qkv"](self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         attention = scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.hidden["out"](attention.transpose(1, 2).flatten(2))
-        expanded: Tensor = self.hidden["up"](self.norms[1](x))
-        return x + self.hidden["down"](expanded.relu().square())
+        result: Tensor = x + self.hidden["down"](self.hidden["up"](self.norms[1](x)).relu().square())
+        return result
 
 
 class GPT(nn.Module):

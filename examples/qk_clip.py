@@ -1,9 +1,9 @@
 """Keep the logits of attention bounded while it trains, as Kimi K2 does: a transform that reads a signal.
 
-A query and a key weight of a head that makes logits above ``TAU`` are scaled down after the step, each by the square root
-of ``TAU / max_logit``, so that the logit is at most ``TAU`` (Kimi Team, Kimi K2: Open Agentic Intelligence,
-https://arxiv.org/abs/2507.20534, 2025). The largest logit of each head is known in the forward pass; ``signal`` gives it
-to the step, and ``metrics`` shows what happens.
+Where a head makes logits above ``TAU``, its query and key weights are scaled after the step, each by the square root of
+``TAU / max_logit``, so that the logit becomes ``TAU`` (Kimi Team, Kimi K2: Open Agentic Intelligence,
+https://arxiv.org/abs/2507.20534, 2025). The forward pass knows the largest logit of each head; ``signal`` gives it to
+the step, and ``metrics`` shows what happens.
 
     python examples/qk_clip.py
 """
@@ -26,9 +26,10 @@ TAU = 5.0
 @transform(acts_on="tensor")
 def qk_clip(tensor: Tensor, group: Group, tau: Annotated[float, Gt(0)]) -> Tensor:
     """Scale the rows of each head, (heads * d, ...), so that its largest logit, ``group["max_logit"]``, is ``tau``."""
-    excess = (group["max_logit"] / tau).clamp_min(1)  # (heads,)
+    excess: Tensor = (group["max_logit"] / tau).clamp_min(1)  # (heads,)
     heads = tensor.unflatten(0, (HEADS, -1)) / excess.sqrt().reshape(-1, *[1] * tensor.ndim)
-    return heads.flatten(0, 1)
+    scaled: Tensor = heads.flatten(0, 1)
+    return scaled
 
 
 class Attention(nn.Module):
@@ -50,7 +51,8 @@ class Attention(nn.Module):
         self.max_logit = logits.detach().amax((0, 2, 3))
         future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
         mixed = logits.masked_fill(future, -torch.inf).softmax(-1) @ v
-        return self.out(x + mixed.transpose(1, 2).flatten(2))
+        result: Tensor = self.out(x + mixed.transpose(1, 2).flatten(2))
+        return result
 
 
 def train(steps: int, tau: float) -> float:

@@ -1,4 +1,8 @@
-"""HTML for notebooks. Text is escaped wherever it goes in."""
+"""HTML for notebooks. Text is escaped wherever it goes in.
+
+Cells have distances and lines of their own, since only Jupyter has a style sheet for tables. The one colour is the grey
+of lines, which can be seen on light and on dark pages.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,18 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
     return Html(f"<{tag}{given}>{content}</{tag}>")
 
 
+def cell(*children: str, tag: str = "td", align: str = "left", indent: bool = False, **attributes: str) -> Html:
+    """A cell of a table."""
+    left = "2em" if indent else "0.7em"
+    style = f"text-align: {align}; vertical-align: top; padding: 0.2em 0.7em 0.2em {left}; {_LINE}"
+    return element(tag, *children, style=style, **attributes)
+
+
+def table(*rows: Html) -> Html:
+    """A table of rows, or of a head and a body."""
+    return element("table", *rows, style="border-collapse: collapse; border: 0")
+
+
 def show_chain(stages: Iterable[str]) -> Html:
     """A chain, given how its stages print: a list that numbers them as errors and states do."""
     return element("div", element("code", "chain"), _stages((stage, "") for stage in stages))
@@ -31,13 +47,14 @@ def show_chain(stages: Iterable[str]) -> Html:
 
 def show_optimizer(name: str, slots: Mapping[str, Iterable[tuple[str, str]]], inner_opt: object) -> Html:
     """An optimizer with the stages of its slots and what each acts on, and the inner one, folded."""
-    inner = element("details", element("summary", type(inner_opt).__name__), element("pre", repr(inner_opt)))
+    settings = element("pre", repr(inner_opt), style="margin: 0; background: none")
+    inner = element("details", element("summary", type(inner_opt).__name__), settings)
     cells = {**{slot: _stages(stages) for slot, stages in slots.items()}, "inner_opt": inner}
-    rows = (element("tr", element("th", key), element("td", cell, style=_LEFT)) for key, cell in cells.items())
-    return element("table", element("caption", element("code", name)), *rows)
+    rows = (element("tr", cell(key, tag="th"), cell(content)) for key, content in cells.items())
+    return table(element("caption", element("code", name), style="text-align: left"), *rows)
 
 
-_LEFT = "text-align: left"
+_LINE = "border: 0; border-bottom: 1px solid rgba(128, 128, 128, 0.35)"
 
 
 def _stages(stages: Iterable[tuple[str, str]]) -> Html:
@@ -45,4 +62,4 @@ def _stages(stages: Iterable[tuple[str, str]]) -> Html:
         element("li", element("code", stage), *([" ", element("small", acts_on)] if acts_on else []))
         for stage, acts_on in stages
     )
-    return element("ol", *items, start="0", style="margin: 0")
+    return element("ol", *items, start="0", style="margin: 0; padding-left: 1.5em")

@@ -74,12 +74,14 @@ def _plot_slot(axes: Axes, columns: Sequence[Sequence[Row]]) -> None:
         shown = [(max(rows[number].norm, least), i) for i, rows in enumerate(columns) if number < len(rows)]
         colour = "0.6" if number == 0 else colormaps["viridis"](0.9 * (number - 1) / max(len(stages) - 2, 1))
         # The input as a ring around what the stages make of it, so that what no stage changes can be seen.
-        ring = {"facecolors": "none", "edgecolors": colour} if number == 0 else {"color": colour}
         size = (9.0 if is_dense else 28.0) * (1.8 if number == 0 else 1.0)
-        axes.scatter(*zip(*shown, strict=True), s=size, label=shorten(stage, 36), zorder=2, **ring)
-    bad = [(max(row.norm, least), i) for i, rows in enumerate(columns) for row in rows[:1] if row.nonfinite]
+        face = "none" if number == 0 else colour
+        x, y = zip(*shown, strict=True)
+        axes.scatter(x, y, s=size, label=shorten(stage, 36), zorder=2, facecolors=face, edgecolors=colour)
+    bad = [(max(row.norm, least), i) for i, rows in enumerate(columns) for row in rows[:1] if row.nonfinite > 0]
     if bad:
-        axes.scatter(*zip(*bad, strict=True), marker="x", color="red", label="has NaN or infinity", zorder=3)
+        x, y = zip(*bad, strict=True)
+        axes.scatter(x, y, marker="x", color="red", label="has NaN or infinity", zorder=3)
     axes.set_xscale("log")
     axes.set_xlim(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(max(found, default=1.0) * 1.01)))
     axes.xaxis.set_minor_formatter(NullFormatter())

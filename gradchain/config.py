@@ -80,7 +80,7 @@ def from_config(config: Any, /, *args: Any, allow: Sequence[str] = (), **kwargs:
 
     The config comes from ``to_config``, ``json.loads``, ``yaml.safe_load``, OmegaConf or your own hands; see
     ``to_config`` for its form. It is data: no code in it is evaluated, and it can call nothing but the public names of
-    ``gradchain`` and what ``allow`` adds.
+    ``gradchain`` and what ``allow`` adds. Errors say where in the config it is, as in ``InnerOpt["*.weight"].lr``.
 
     Args:
         config: Dicts and lists, in which a dict with ``_target_`` is a call. All else is passed on as it is.
@@ -93,8 +93,6 @@ def from_config(config: Any, /, *args: Any, allow: Sequence[str] = (), **kwargs:
     Raises:
         ValueError: A name is not allowed or does not exist, or a value is out of range.
         TypeError: The config is a string, an argument has the wrong name or type, or a name is that of nothing to call.
-
-        All errors say where in the config it is, as in ``InnerOpt["*.weight"].lr``.
 
     Example:
         >>> import torch

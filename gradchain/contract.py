@@ -146,8 +146,8 @@ def call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, grou
             raise
         if key not in CONTEXT:
             error.args = (
-                f"{show(owner)}: {key!r}; the group has no such key. defaults={{{key!r}: ...}} would set it, and, for the "
-                f"next step alone, optimizer.signal({key}=...)",
+                f"{show(owner)}: {key!r}; the group has no such key. defaults={{{key!r}: ...}} would set it, and, for "
+                f"the next step alone, optimizer.signal({key}=...)",
             )
             raise
         absent = "; in post, a parameter without a gradient has none, which group.get tells" if key == "grad" else ""

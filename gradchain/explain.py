@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gradchain._html import Html, element
+from gradchain._html import Html, cell, element, table
 from gradchain._plot import plot_histograms, plot_norms, shorten
 from gradchain._sharding import gather
 from gradchain._units import show_units
@@ -30,8 +30,6 @@ RUNS = "runs"
 """The name of one more column, the last, of the stages of an optimizer."""
 
 BINS = 50
-
-_LEFT = "text-align: left"
 
 
 @torch.no_grad()
@@ -176,9 +174,10 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         names = (*HEADER, RUNS) if self._has_plan() else HEADER
-        header = element("tr", *(element("th", name, scope="col") for name in names))
+        aligned = zip(names, ("left", "left", *["right"] * (len(HEADER) - 2), "left"), strict=False)
+        header = element("tr", *(cell(name, tag="th", align=align, scope="col") for name, align in aligned))
         rows = (element("tr", *_html_cells(row)[: len(names)]) for row in self.rows)
-        return element("table", element("thead", header), element("tbody", *rows))
+        return table(element("thead", header), element("tbody", *rows))
 
     def _has_plan(self) -> bool:
         return any(row.runs is not None for row in self.rows)
@@ -344,9 +343,7 @@ def _percent(share: float) -> str:
 
 def _html_cells(row: Row) -> list[Html]:
     if row.changed is None:
-        stage = element("th", row.stage, scope="row", style=_LEFT)
+        stage = cell(row.stage, tag="th", scope="row")
     else:
-        stage = element("td", element("code", row.stage), style=f"{_LEFT}; padding-left: 2em")
-    acts_on = element("td", row.acts_on or "", style=_LEFT)
-    cells = (element("td", cell, style="text-align: right") for cell in row.cells())
-    return [stage, acts_on, *cells, element("td", row.runs or "", style=_LEFT)]
+        stage = cell(element("code", row.stage), indent=True)
+    return [stage, cell(row.acts_on or ""), *(cell(each, align="right") for each in row.cells()), cell(row.runs or "")]

@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
@@ -341,6 +342,13 @@ def test_html_escapes() -> None:
     html = element("p", "</p>&", element("b", "1 < 2"), title='"><script>')
     assert ElementTree.fromstring(html).attrib == {"title": '"><script>'}
     assert texts(html) == ["</p>&", "1 < 2"]
+
+
+def test_columns_of_tables_do_not_touch() -> None:
+    optimizer = ParamTransformingOptimizer([nn.Parameter(torch.ones(2))], lr=0.1)
+    for shown in (explain(sign(), torch.ones(2)), optimizer):
+        for each in ElementTree.fromstring(shown._repr_html_()).iter():
+            assert each.tag not in ("td", "th") or "padding" in each.attrib["style"]
 
 
 def test_html_of_chains_and_optimizers() -> None:
@@ -756,3 +764,26 @@ def numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [numbers(each) for each in value]
     return value.tolist() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_plot_of_a_whole_model(count: int) -> None:
+    params = [(f"layer.{i}", nn.Parameter(torch.ones(3))) for i in range(count)]
+    optimizer = ParamTransformingOptimizer(params, pre=chain(clip_by_norm(1.0), sign()), post=sign(), lr=0.1)
+    for i, (_, param) in enumerate(params):
+        param.grad = torch.full((3,), float(i))
+    params[1][1].grad = torch.tensor([1.0, NAN, 1.0])
+    figure = optimizer.explain().plot()
+    figure.savefig(io.BytesIO())
+    assert [axes.get_xlabel() for axes in figure.axes] == ["2-norm of the gradient", "2-norm of the parameter"]
+    assert all(axes.get_xscale() == "log" for axes in figure.axes)
+    gradient = figure.axes[0]
+    shown = [text.get_text() for legend in [gradient.get_legend()] if legend for text in legend.get_texts()]
+    assert shown == ["gradient", "clip_by_norm(max_norm=1.0)", "sign()", "has NaN or infinity"]
+    names = [text.get_text() for text in gradient.get_yticklabels()]
+    assert names[0] == "layer.0"
+    assert len(names) == min(count, 38)  # each fourth of many
+    points = np.asarray(gradient.collections[count].get_offsets())
+    assert points.shape == (count, 2)
+    width, height = figure.get_size_inches()
+    assert max(width, height) < 12

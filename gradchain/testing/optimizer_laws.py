@@ -21,8 +21,7 @@ def check_optimizer(make: Make, *, shapes: Shapes = ((4, 3), (3,)), skip: Collec
     ``deterministic``        The same steps give the same numbers.
     ``in_place``             Parameters stay leaves, the same objects in the same memory; no state has a graph.
     ``keeps_gradients``      A step leaves gradients as they are.
-    ``closure``              ``step(closure)`` evaluates it with gradients enabled, returns its loss, and makes the step
-                             that ``backward()`` and ``step()`` make.
+    ``closure``              ``step(closure)`` evaluates it with gradients, returns its loss, steps as ``step()`` does.
     ``no_gradients``         A parameter without a gradient is left alone, and a step without any gradient does nothing.
     ``zero_gradients``       Steps with zero gradients, the first ones too, leave finite numbers.
     ``zero_grad``            ``zero_grad()`` leaves None, and zeros where ``set_to_none=False``.

@@ -17,31 +17,31 @@ from gradchain.stage import Stage
 LONGEST = 2**18
 """So many elements of a tensor on the CPU stay in the cache while they are looked at."""
 
-LONGEST_ON_DEVICE = 2**24
+LONGEST_ON_DEVICE = 2**22
 """So many elements on other devices keep them busy, and need little memory."""
 
 NO_PARAM = -1.0
 """In place of the norm of the parameter where there is no parameter to compare with."""
 
 
-def monitor(name: str = "monitor", *, every: int = 1) -> Monitor:
+def monitor(name: str = "monitor", every: int = 1) -> Monitor:
     r"""Leave everything as it is, and keep figures of it, for ``optimizer.metrics()``.
 
     .. math:: t; \quad \|t\|_2, \; \|t\|_2 / \sqrt{n}, \; \|t\|_2 / \|p\|_2
 
-    Acts on whole tensors, of any shape, whatever the ``param_ndim`` of the group; ``n`` is the number of elements. Of each
-    tensor the state holds four numbers, on its device: the 2-norm, how many elements are zero, how many are NaN or
-    infinite, and the 2-norm of ``group["param"]``. From them ``metrics()`` makes ``norm``, ``rms``, ``ratio`` to the parameter,
-    ``zero`` and ``nonfinite``, the last two as shares. Nothing is read on the host, and half precision is computed in
-    float32. Figures of distributed tensors are those of the whole. In ``post``, where the tensor is the parameter, there
-    is no ratio. A step that is skipped leaves the figures of the step before.
+    Acts on whole tensors, of any shape, whatever the ``param_ndim`` of the group; ``n`` is the number of elements. The
+    state of each holds four numbers, on its device: the 2-norm, how many elements are zero, how many are NaN or
+    infinite, and the 2-norm of ``group["param"]``. From them ``metrics()`` makes ``norm``, ``rms``, the ``ratio`` to
+    the parameter, and the shares ``zero`` and ``nonfinite``. Half precision is computed in float32, figures of
+    distributed tensors are those of the whole, and on a GPU the host does not wait. In ``post``, where the tensor is
+    the parameter, there is no ratio. A step that is skipped leaves the figures of the step before.
 
     Args:
         name: What the figures are called, ``"pre/<name>/norm"``; a second one of the same name gets a number,
             ``"pre/<name>_2/norm"``.
-        every: An optimizer looks in its first step, and in those whose number is a multiple of this; at least 1. Give it
-            the interval at which you log, since to look at all elements takes as long as a step of SGD, or longer. A
-            call by hand, and a graph of ``torch.compile``, looks each time.
+        every: An optimizer looks in its first step, and in those whose number is a multiple of this; at least 1. Give
+            it the interval at which you log, since to look at all elements takes longer than a step of SGD. A call by
+            hand, and a graph of ``torch.compile``, looks each time.
 
     Raises:
         TypeError: ``name`` is no string, or ``every`` no integer.
@@ -95,9 +95,8 @@ class Monitor(Stage):
         """Look at all tensors; the figures are new tensors, and the tensors are returned as they are."""
         params = [None if group.get("slot") == "post" else group.get("param") for group in groups]
         figures: list[Any] = [None] * len(tensors)
-        for places in _alike(
-            [(tensor.device, _wide(tensor), param is None) for tensor, param in zip(tensors, params, strict=True)]
-        ):
+        pairs = zip(tensors, params, strict=True)
+        for places in _alike([(tensor.device, _wide(tensor), param is None) for tensor, param in pairs]):
             table = _look([tensors[i] for i in places])
             if params[places[0]] is None:
                 of_param = torch.full_like(table[:, 0], NO_PARAM)
@@ -135,7 +134,7 @@ class Monitor(Stage):
         return hash(("monitor", self.name, self.every))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Monitor, (self.name, self.every)
+        return monitor, (self.name, self.every)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -156,10 +155,9 @@ def _alike(keys: Sequence[Any]) -> list[list[int]]:
 
 
 def _look(tensors: Sequence[Any], *, counts: bool = True) -> Tensor:
-    """A row for each tensor, of which all have one device: its norm and, if it ``counts``, its zeros and non-finites."""
-    tensors = [
-        gather(each) if is_distributed(each) and is_partial(each) else each for each in map(Tensor.detach, tensors)
-    ]
+    """A row for each tensor, all of one device: its norm and, if it ``counts``, how many are zero and not finite."""
+    tensors = [each.detach() for each in tensors]
+    tensors = [gather(each) if is_distributed(each) and is_partial(each) else each for each in tensors]
     rows: list[Any] = [None] * len(tensors)
     kinds = [(each.dtype, (each.device_mesh, each.placements) if is_distributed(each) else None) for each in tensors]
     for places in _alike(kinds):

@@ -13,7 +13,8 @@ from gradchain.engine import traced
 
 
 def divide(tensor: Tensor, group: Group) -> Tensor:
-    return tensor / group["loss"]
+    loss: Tensor = group["loss"]
+    return tensor / loss
 
 
 def divide_as_it_is(tensor: Tensor, group: Group) -> Tensor:
@@ -53,9 +54,14 @@ def test_it_is_for_one_step(slot: str) -> None:
 
 def test_other_values_need_no_other_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     x, optimizer = make()
-    traces = []
+    traces: list[Any] = []
     original = traced._trace
-    monkeypatch.setattr(traced, "_trace", lambda *a: traces.append(a) or original(*a))
+
+    def trace(*arguments: Any) -> Any:
+        traces.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(traced, "_trace", trace)
     for loss in (1.5, 3.0, 6.0):
         x.grad = torch.ones(2)
         optimizer.signal(loss=tensor(loss))

@@ -46,7 +46,8 @@ def test_figures_are_those_of_the_whole(processes: Processes, size: int) -> None
 
 
 def add_signals(tensor: Tensor, group: Group) -> Tensor:
-    return tensor + group["loss"] + 100 * group["heads"].amax()
+    total: Tensor = group["loss"] + 100 * group["heads"].amax()
+    return tensor + total
 
 
 def reduced(reduce: str | None) -> Tensor:

@@ -1,0 +1,100 @@
+"""What MkDocs calls while it builds the site: generated pages, navigation, formulas, pictures, links, and the check."""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
+
+from docs.generate import pages, pictures, programs
+from docs.generate.catalogue import CAPTIONS
+from docs.generate.check import check
+from docs.generate.names import public_names
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Make the navigation, of the files that there are and of those that are generated."""
+    docs = Path(config.docs_dir)
+
+    def folder(name: str) -> list[str]:
+        found = sorted((docs / name).glob("*.md"), key=lambda path: (path.name != "index.md", path.name))
+        return [str(path.relative_to(docs)) for path in found]
+
+    folders = {"How do I ...?": folder("how-to"), "Coming from": folder("coming-from")}
+    recipes, coming_from = ([{title: paths}] if paths else [] for title, paths in folders.items())
+    guide = {"Guide": [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]}
+    about = ["how-it-works.md", "environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]
+    config.nav = [{"Home": "index.md"}, guide, *recipes, *pages.navigation(), *coming_from, {"About": about}]
+    return config
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for path, content in pages.pages().items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Write the code that is generated for a chain where a page asks for it."""
+    return re.sub(r"<!-- program (\w+) -->", lambda match: programs.show(match[1]), markdown)
+
+
+def on_page_content(html: str, *, page: Page, **_: Any) -> str:
+    """Render formulas, and link names of the interface, in code, to their pages."""
+    html = re.sub(r'<(div|span) class="arithmatex">\\[\[(](.+?)\\[\])]</\1>', _formula, html, flags=re.DOTALL)
+    names = "|".join(map(re.escape, public_names()))
+    code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
+    skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
+    if page.file.src_uri.startswith(("parity", "coming-from")):
+        skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
+
+    def link(match: re.Match[str]) -> str:
+        name = match["name"]
+        target = name and f"{pages.path(name).removesuffix('.md')}.html"
+        if not name or target == page.file.dest_uri:
+            return match[0]
+        return f'<a class="code" href="{get_relative_url(target, page.url)}">{match[0]}</a>'
+
+    return re.sub(f"{skipped}|{code}", link, html, flags=re.DOTALL)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Put the pictures in, where the index of the search does not see them."""
+    return re.sub(r"<!-- (picture|figure) (\w+) -->", lambda match: _picture(match[2], match[1] == "figure"), output)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Check what was built."""
+    check(Path(config.site_dir))
+
+
+def _formula(match: re.Match[str]) -> str:
+    display = "block" if match[1] == "div" else "inline"
+    latex = re.sub(r"\\operatorname\{(\w+)\}", r"\\mathrm{\1}", unescape(match[2]).strip())
+    return f'<{match[1]} class="formula" data-search-exclude>{convert(latex, display=display)}</{match[1]}>'
+
+
+def _picture(name: str, has_caption: bool) -> str:
+    row = pages.transforms()[name]
+    caption = CAPTIONS[row.kind]
+    below = f"<figcaption>{caption}</figcaption>" if has_caption else ""
+    label = escape(f"What {', '.join(row.shown)} does. {caption}")
+    return f'<figure class="picture" role="img" aria-label="{label}">{_svg(name)}{below}</figure>'
+
+
+@cache
+def _svg(name: str) -> str:
+    row = pages.transforms()[name]
+    return pictures.draw(name, row.kind, row.shown)

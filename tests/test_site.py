@@ -1,0 +1,53 @@
+"""The pages of the site that are generated: each public name has one, and each transform a picture."""
+
+import pytest
+
+import gradchain
+from docs.generate import pages, pictures
+from docs.generate.catalogue import CAPTIONS, CATALOGUE, FAMILIES
+from docs.generate.names import ROOT, prose, public_names
+from gradchain import testing
+
+NAMES = [*gradchain.__all__, *testing.__all__, "integrations.lightning"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_names_have_pages(name: str) -> None:
+    page = pages.pages()[pages.path(name)]
+    assert page.startswith(f"# `{name}`")
+    assert f"::: {public_names()[name].source}.{name}\n" in page
+    assert public_names()[name].doc
+
+
+def test_navigation_lists_all_pages() -> None:
+    assert {path for path in pages.pages() if f"'{path}'" not in str(pages.navigation())} == {"changelog.md"}
+
+
+def test_transforms_have_rows() -> None:
+    missing = pages.transforms().keys() - CATALOGUE.keys()
+    assert not missing, f"docs/generate/catalogue.py has no row for {sorted(missing)}"
+    assert CATALOGUE.keys() <= {*gradchain.__all__}
+    for row in CATALOGUE.values():
+        assert row.family in FAMILIES
+        assert row.kind in CAPTIONS
+
+
+def test_kinds_of_pictures_have_captions() -> None:
+    assert CAPTIONS.keys() == pictures.KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_pictures_are_equal_from_build_to_build(kind: str) -> None:
+    name, row = next((name, row) for name, row in CATALOGUE.items() if row.kind == kind)
+    svg = pictures.draw(name, kind, row.shown)
+    assert svg == pictures.draw(name, kind, row.shown)
+    assert "var(--after)" in svg or kind == "matrix"
+    assert "#0" not in svg.replace("#000000", "").replace("url(#", "")
+
+
+def test_pages_that_are_written_by_hand_are_not_overwritten() -> None:
+    assert not [path for path in pages.pages() if (ROOT / "docs" / path).exists()]
+
+
+def test_prose_has_no_tags() -> None:
+    assert prose("<a, x> < b in ``<a>``") == "&lt;a, x> < b in ``<a>``"
