@@ -28,7 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     recipes = _folder("How do I ...?", "how-to", "How do I ")
     coming_from = _folder("Coming from", "coming-from", "Coming from ")
     guide = {"Guide": [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]}
-    about = ["how-it-works.md", "environments.md", "benchmarks.md", "limits.md", "changelog.md"]
+    about = ["how-it-works.md", "environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]
     config.nav = [{"Home": "index.md"}, guide, *recipes, *pages.navigation(), *coming_from, {"About": about}]
     return config
 
@@ -51,7 +51,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
     names = "|".join(map(re.escape, public_names()))
     code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
     skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
-    if page.file.src_uri.startswith(("parity", "coming-from")):
+    if page.file.src_uri.startswith("coming-from"):
         skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
 
     def link(match: re.Match[str]) -> str:

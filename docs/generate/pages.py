@@ -20,7 +20,7 @@ ACTS_ON = {
     "theirs": "what the transforms in it act on",
 }
 OTHERS = "Others"
-OPTAX = next(page for page in ("coming-from/optax.md", "parity.md") if (ROOT / "docs" / page).exists())
+OPTAX = "coming-from/optax.md"
 """The table of the names of optax."""
 
 
