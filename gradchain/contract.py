@@ -30,7 +30,11 @@ In the state of a chain, the keys begin with the names of the transforms: ``"ema
 """
 
 
-CONTEXT = ("param", "grad")
+CONTEXT = {
+    "param": "pre and update; in post, the tensor is the parameter",
+    "grad": "update, and in post where there is a gradient",
+}
+"""Keys of the tensors that go with a tensor, and where an optimizer sets them."""
 
 
 GIVEN = frozenset({*CONTEXT, "params", "param_names", "name", "index", "shape", "slot"})
@@ -150,11 +154,10 @@ def call_checked(owner: object, call: Callable[[], Tensor], tensor: Tensor, grou
                 f"the next step alone, optimizer.signal({key}=...)",
             )
             raise
-        absent = "; in post, a parameter without a gradient has none, which group.get tells" if key == "grad" else ""
         raise ValueError(
-            f'{show(owner)} needs group["{key}"], a tensor of the shape {tuple(tensor.shape)} of its input; the group '
-            f'has the keys {sorted(map(str, group))}. Pass {{"{key}": ...}}, or use it in a slot that sets '
-            f'"{key}"{absent}.'
+            f'{show(owner)} needs group["{key}"], a tensor of the shape {tuple(tensor.shape)} of its input. '
+            f'An optimizer sets it in {CONTEXT[key]}; in a call by hand, pass {{"{key}": ...}}. The group has the keys '
+            f"{sorted(map(str, group))}"
         ) from None
     if not isinstance(result, Tensor):
         raise TypeError(f"{show(owner)} must return a tensor like its input, got {type(result).__name__}")

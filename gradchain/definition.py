@@ -72,6 +72,10 @@ class Definition:
                 f"and options after *; got {signature}"
             )
         parameters = parameters[given:]
+        names = [p.name for p in parameters]
+        _require_arguments(init, "init", ["tensor", "group"], names, function)
+        _require_arguments(start, "start", ["tensor", "group"], names, function)
+        _require_arguments(measure, "measure", ["tensors", "state"][: 2 if init else 1], names, function)
         self.function = function
         self.init = init
         self.start = start
@@ -145,6 +149,27 @@ class Definition:
         except (TypeError, ValueError) as error:
             locate(error, prefix)
             raise
+
+
+def _require_arguments(
+    helper: Callable[..., Any] | None, role: str, given: list[str], names: list[str], function: Callable[..., Any]
+) -> None:
+    """Raise where ``helper`` cannot be called with the arguments of the function that it belongs to."""
+    if helper is None:
+        return
+    try:
+        signature = inspect.signature(helper)
+    except ValueError:  # as those of torch
+        return
+    group = ["group"] if role == "measure" and "group" in signature.parameters else []
+    try:
+        signature.bind(*given, **dict.fromkeys(names + group))
+    except TypeError:
+        raise TypeError(
+            f"{role}={show(helper)} must be a function of ({', '.join(given + names)}), since {role} also "
+            f"gets the hyperparameters and options of {show(function)}; got {signature}. **arguments can stand for "
+            "those that it does not need"
+        ) from None
 
 
 def counted(factory: TransformFactory[P]) -> TransformFactory[P]:

@@ -48,9 +48,10 @@ def masked(transform: Transform, where: Where) -> Combinator:
     """
     is_mask = isinstance(where, Tensor) and where.dtype is torch.bool
     if not (is_mask or isinstance(where, str) or (callable(where) and not isinstance(where, Tensor))):
+        several = "; for several patterns, chain one for each" if isinstance(where, list | tuple | set) else ""
         raise TypeError(
             "where must be a pattern of names, a function (group) -> bool or a boolean tensor, "
-            f"got {where.dtype if isinstance(where, Tensor) else repr(where)}"
+            f"got {where.dtype if isinstance(where, Tensor) else repr(where)}{several}"
         )
     if isinstance(transform, Chain) and not isinstance(where, Tensor):
         return chain(*(masked(member, where) for member in transform))

@@ -144,6 +144,11 @@ def test_where_of_the_wrong_type(where: Any) -> None:
         masked(scale(2.0), where)
 
 
+def test_several_patterns() -> None:
+    with pytest.raises(TypeError, match=r"got \['a', 'b'\]; for several patterns, chain one for each"):
+        freeze(["a", "b"])  # type: ignore[arg-type]
+
+
 def test_no_name_and_no_kind() -> None:
     with pytest.raises(ValueError, match=r'reads group\["name"\], .*give the optimizer model.named_parameters\(\)'):
         masked(scale(2.0), "a")(ONES, {})

@@ -15,6 +15,7 @@ from gradchain import (
     FROM_GROUP,
     Group,
     ParamTransformingOptimizer,
+    State,
     broadcast,
     chain,
     clamp,
@@ -95,6 +96,24 @@ def test_value_out_of_range(arguments: dict[str, Any], message: str) -> None:
 def test_argument_of_wrong_type(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         power(**arguments)
+
+
+@pytest.mark.parametrize("role", ["init", "start", "measure"])
+def test_what_helps_a_function_gets_its_arguments(role: str) -> None:
+    def first(tensor: Tensor, group: Group) -> dict[str, Tensor]:
+        return {"sum": torch.zeros_like(tensor)}
+
+    def total(tensor: Tensor, group: Group, state: State, decay: float, *, eps: float = 0.0) -> tuple[Tensor, State]:
+        return tensor, state
+
+    def scaled(tensor: Tensor, group: Group, decay: float, *, eps: float = 0.0) -> Tensor:
+        return tensor
+
+    options: dict[str, Any] = {"start": {"init": lambda tensor, group, **arguments: {}}}.get(role, {})
+    given = "tensors" if role == "measure" else "tensor, group"
+    message = rf"{role}=first must be a function of \({given}, decay, eps\), .*; got \(tensor.*, group.*\*\*arguments"
+    with pytest.raises(TypeError, match=message):
+        make_transform(**{role: first}, **options)(scaled if role == "measure" else total)
 
 
 def test_group_value_out_of_range() -> None:

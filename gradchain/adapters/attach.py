@@ -199,7 +199,12 @@ def _show(optimizers: Sequence[Optimizer]) -> str:
 def _require_hookable(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"attach needs a torch.optim.Optimizer, got {optimizer!r}")
+        remedy = (
+            "; give the optimizer of its parameters, and the module as model="
+            if isinstance(optimizer, nn.Module)
+            else ""
+        )
+        raise TypeError(f"attach needs a torch.optim.Optimizer, got {name}{remedy}")
     if isinstance(optimizer, ParamTransformingOptimizer):
         raise TypeError(f"{name} has chains already; put its transforms and yours in one chain(...)")
     if DEFAULTS in optimizer.__dict__:

@@ -47,7 +47,7 @@ def schedule(
         The scheduler.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, or ``make`` returns no scheduler.
+        TypeError: ``optimizer`` is no optimizer, ``make`` is an instance, or it returns no scheduler.
         ValueError: A group does not have the key, or the scheduler writes to other hyperparameters too, as those that
             cycle the momentum do; they need ``cycle_momentum=False``. Param groups are then as before.
 
@@ -75,6 +75,12 @@ def schedule(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"schedule needs a torch.optim.Optimizer, got {optimizer!r}")
+    if not callable(make):
+        name = type(make).__name__
+        raise TypeError(
+            f"schedule makes the scheduler itself, and needs its type and arguments, not an instance of {name}: "
+            f'schedule(optimizer, "{key}", {name}, ...)'
+        )
     if key == "lr":
         return make(optimizer, *args, **kwargs)
     before = [(group, dict(group), _tensors(group)) for group in optimizer.param_groups]

@@ -85,8 +85,8 @@ def _make_several(
             optimizers[key] = factory(taken)
         else:
             warnings.warn(
-                f"InnerOpt has the key {show(key)}, which is the first to choose no parameter, so that there is no "
-                f"{_name(factory)}",
+                f"InnerOpt has the key {show(key)}, which chooses no parameter, so that there is no {_name(factory)}: "
+                "none matches it, or earlier keys have chosen all that do",
                 stacklevel=4,
             )
     return CombinedOptimizer(list(optimizers.values()), list(optimizers))

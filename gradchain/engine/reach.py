@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -121,7 +122,13 @@ class _Reach:
 
     def _similar(self, pattern: str) -> str:
         """The names that are most like a pattern, in words."""
-        close = difflib.get_close_matches(pattern, self.names, n=3, cutoff=0.0)
+        matcher = difflib.SequenceMatcher(b=pattern)
+
+        def likeness(name: str) -> int:
+            matcher.set_seq1(name)
+            return sum(block.size**2 for block in matcher.get_matching_blocks())  # whatever else a long name has
+
+        close = heapq.nlargest(3, self.names, key=likeness)
         return (
             f"there {'is' if len(close) == 1 else 'are'} {', '.join(map(repr, close))}{', ...' * (len(self.names) > 3)}"
         )

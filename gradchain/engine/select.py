@@ -71,7 +71,11 @@ def override_groups(
     split = [split_group(group, keys, names, "groups") for group in groups]
     for index, key in enumerate(keys):
         if not any(index in each for each in split):
-            warnings.warn(f"groups has the key {show(key)}, which is the first to choose no parameter", stacklevel=4)
+            warnings.warn(
+                f"groups has the key {show(key)}, which chooses no parameter: none matches it, or earlier keys have "
+                "chosen all that do",
+                stacklevel=4,
+            )
     values = list((overrides or {}).values())
     return [group if index is None else {**group, **values[index]} for each in split for index, group in each.items()]
 

@@ -640,7 +640,7 @@ def test_what_is_no_optimizer_or_only_looks_like_one() -> None:
         def __init__(self, optimizer: Optimizer) -> None:
             self.optimizer = optimizer
 
-    with pytest.raises(TypeError, match=r"attach needs a torch.optim.Optimizer, got Linear"):
+    with pytest.raises(TypeError, match=r"attach needs a torch.optim.Optimizer, got Linear; give the optimizer of"):
         attach(nn.Linear(2, 2), pre=sign())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Around has no step hooks, .*attach to that, its .optimizer"):
         attach(Around(SGD(make_params())), pre=sign())

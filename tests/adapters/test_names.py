@@ -202,6 +202,12 @@ def test_names_without_what_peft_adds(adapters: list[str]) -> None:
 # Patterns that match nothing
 
 
+def test_a_pattern_is_compared_with_the_parts_of_long_names() -> None:
+    model = nn.ModuleDict({"wte": nn.Linear(1, 1), "decoder": nn.ModuleDict({"lora_A": nn.Linear(1, 1, bias=False)})})
+    with pytest.raises(ValueError, match=r"matches '\*lora_A.default.weight'; there are 'decoder.lora_A.weight', "):
+        ParamTransformingOptimizer(model.named_parameters(), pre=masked(sign(), "*lora_A.default.weight"))
+
+
 # found: 35
 @pytest.mark.parametrize(
     "transform",

@@ -979,7 +979,7 @@ def read_grad(tensor: Tensor, group: Group) -> Tensor:
 def test_a_parameter_without_a_gradient_has_none_as_context(reads: Any, param_ndim: int | None) -> None:
     xs = [param(1.0, 2.0, grad=[5.0, 6.0]), param(3.0, 4.0)]
     optim = ParamTransformingOptimizer(xs, post=reads, param_ndim=param_ndim)
-    missing = r'needs group\["grad"\].*; in post, a parameter without a gradient has none, which group.get tells'
+    missing = r'needs group\["grad"\].*, and in post where there is a gradient'
     with pytest.raises(ValueError, match=f"post, group 0, parameter 1 .*stage 0, .*{missing}"):
         optim.step()
     assert [x.tolist() for x in xs] == [[1.0, 2.0], [3.0, 4.0]]
@@ -993,7 +993,7 @@ def test_a_gradient_that_moves_from_one_parameter_to_another() -> None:
     conv.grad = torch.ones_like(conv)
     optim.step()
     xs["a"].grad, xs["b"].grad = None, torch.tensor([1.0])
-    with pytest.raises(ValueError, match=r"parameter 1 'a' .* in post, a parameter without a gradient has none"):
+    with pytest.raises(ValueError, match=r"parameter 1 'a' .* in post where there is a gradient"):
         optim.step()
 
 

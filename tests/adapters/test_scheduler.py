@@ -200,6 +200,11 @@ def test_a_scheduler_that_fails_leaves_the_groups_as_they_were() -> None:
             "schedule needs a torch.optim.Optimizer, got 3",
         ),
         (
+            lambda o: schedule(o, "scale.factor", schedulers.StepLR(make(), 1)),  # type: ignore[arg-type]
+            TypeError,
+            r'not an instance of StepLR: schedule\(optimizer, "scale.factor", StepLR, ...\)',
+        ),
+        (
             lambda o: schedule(o, "scale.factor", lambda o: 3),  # type: ignore[type-var]
             TypeError,
             "schedule needs a function that returns an LRScheduler; <function .* returned 3",

@@ -254,7 +254,7 @@ def test_a_key_that_chooses_nothing_is_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"InnerOpt has the key 'conv\*', .* so that there is no Muon"):
         optimizer = ParamTransformingOptimizer(named(), {"conv*": Muon, "*": SGD})
     assert len(optimizer.param_groups) == 1
-    with pytest.warns(UserWarning, match=r"groups has the key 'conv\*', which is the first to choose no parameter"):
+    with pytest.warns(UserWarning, match=r"groups has the key 'conv\*', which chooses no parameter: none matches"):
         ParamTransformingOptimizer(named(), SGD, groups={"conv*": {"lr": 1.0}})
 
 
