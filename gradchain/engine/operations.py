@@ -337,7 +337,7 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 
 def without_aliases(state: State, *inputs: Tensor) -> State:
-    """``state``, without sharing memory with ``inputs``, which are written to in place."""
+    """``state``, without memory shared with ``inputs`` or among its elements, since all are written to in place."""
     return without_storages(state, storages_of(inputs))
 
 
@@ -347,8 +347,15 @@ def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
 
 
 def without_storages(state: State, storages: set[int | None]) -> State:
-    """``state``, without sharing one of ``storages``."""
-    return {key: v.clone() if _storage(v) in storages else v for key, v in state.items()}
+    """``state``, without sharing one of ``storages``, and with a place in memory for each element."""
+    return {key: v.clone() if _storage(v) in storages or _is_expanded(v) else v for key, v in state.items()}
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share their memory, as in what ``torch.func.vmap`` makes of a new ``torch.zeros(())``."""
+    return tensor.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _storage(tensor: Tensor) -> int | None:

@@ -175,6 +175,8 @@ class Recorder(TorchDispatchMode):
     def _refer(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return Ref(self._numbers[id(leaf)])
+        if isinstance(leaf, torch.device) and leaf != META:
+            raise NotTraceable(f"makes a tensor on {leaf}, without device=tensor.device")
         return DEVICE if leaf == META else leaf
 
 

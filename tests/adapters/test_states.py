@@ -145,6 +145,29 @@ def test_state_that_holds_its_input_is_not_overwritten() -> None:
     assert seen == [0.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("param_ndim", [-1, 0, 1, None])
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda tensor, group: {"steps": torch.zeros(())},
+        lambda tensor, group: {"steps": tensor.new_zeros(())},
+        lambda tensor, group: {"steps": torch.zeros(()).expand_as(tensor)},
+    ],
+)
+def test_a_state_of_one_number_has_a_place_in_memory_for_each_unit(init: Any, param_ndim: int | None) -> None:
+    @transform(init=init)
+    def divide_by_step(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        steps = state["steps"] + 1
+        return tensor / steps, {"steps": steps}
+
+    xs = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))]
+    optim = ParamTransformingOptimizer(xs[: 1 if param_ndim == 1 else 2], pre=divide_by_step(), param_ndim=param_ndim)
+    for number in (1, 2, 3):
+        step(optim, *[1.0] * len(optim.param_groups[0]["params"]))
+        assert xs[0].grad is not None
+        assert torch.equal(xs[0].grad, torch.full((4, 3), 1 / number))
+
+
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
 def test_rehearsal_with_any_learning_rate(lr: Any) -> None:
     model = nn.Linear(3, 2)

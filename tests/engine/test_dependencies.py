@@ -100,6 +100,7 @@ def test_traced(function: Any) -> None:
         (lambda t, g: t + torch.randn_like(t), "draws random numbers"),
         (lambda t, g: t.abs().clamp_(max=1), "writes in place, with aten.clamp_"),
         (lambda t, g: t * t.new_tensor(2.0), "makes a tensor of numbers on the device of its input"),
+        (lambda t, g: t * torch.ones(()), "makes a tensor on cpu, without device=tensor.device"),
         (by_list, "reads LIST, a list, which can change without notice"),
         (lambda t, g: t * DICT["factor"], "reads DICT, a dict, which can change without notice"),
         (lambda t, g: t * OBJECT.factor, "reads OBJECT, a SimpleNamespace, which can change without notice"),
