@@ -91,8 +91,11 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
 def freeze(where: Where) -> Combinator:
     """Set to zero what is selected: in ``update``, the selected parameters or entries stay where they are.
 
+    Weight decay and momentum do not move them either. Their gradients are computed all the same, and count in the norms
+    that ``pre`` measures; ``requires_grad_(False)`` leaves them out.
+
     Args:
-        where: Which ones, as in ``masked``.
+        where: Which ones, as in ``masked``. For several patterns, ``chain(freeze("a.*"), freeze("b.*"))``.
 
     Raises:
         TypeError: ``where`` is of the wrong type.

@@ -77,8 +77,9 @@ def transform(
 
     Args:
         init: Makes the transform stateful. ``init(tensor, group, **arguments)`` returns the first state, a dict of
-            tensors, for a parameter ``tensor``; the function is ``(tensor, group, state, ...) -> (tensor, state)`` and
-            returns a new state. ``clone()`` what is kept of an input: an optimizer writes to it later.
+            tensors, for a parameter ``tensor``; the arguments are the hyperparameters and options. The function is
+            ``(tensor, group, state, ...) -> (tensor, state)`` and returns a new state. ``clone()`` what is kept of an
+            input: an optimizer writes to it later.
         start: Says where the state starts, for one that depends on it. ``start(tensor, group, **arguments)`` returns
             what ``init`` sees in place of a parameter ``tensor``, which is the whole one whatever ``param_ndim`` is. An
             optimizer makes such a state when it is constructed, or when the parameter is added; others wait for the
@@ -96,6 +97,9 @@ def transform(
             whole.
         average: The key of the state under which there is an average of the parameter, to evaluate with.
         skip: The key of the state that says whether to call the step off.
+
+    Raises:
+        TypeError: The function, or ``init``, ``start`` or ``measure``, does not take the arguments that it gets.
 
     Example:
         >>> import torch
