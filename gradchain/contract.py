@@ -31,7 +31,7 @@ In the state of a chain, the keys begin with the names of the transforms: ``"ema
 
 
 CONTEXT = {
-    "param": "pre and update; in post, the tensor is the parameter",
+    "param": "pre and update (in post, the tensor is the parameter)",
     "grad": "update, and in post where there is a gradient",
 }
 """Keys of the tensors that go with a tensor, and where an optimizer sets them."""

@@ -98,13 +98,13 @@ class Definition:
         @functools.wraps(self.function)
         def factory(*args: Any, **kwargs: Any) -> BoundTransform:
             try:
-                call = self.signature.bind(*args, **kwargs)
+                arguments = self._bind(args, kwargs)
             except TypeError as error:
-                locate(error, self.name)
+                if args and isinstance(args[0], Tensor):
+                    locate(
+                        error, f"{self.name} makes a transform, {self.name}(...), which is then called with a tensor"
+                    )
                 raise
-            call.apply_defaults()
-            arguments = {name: as_number(value) for name, value in call.arguments.items()}
-            self.validate(arguments, self.name, {})
             return BoundTransform(self, arguments, self.name)
 
         def register_check(check: Callable[..., None]) -> Callable[..., None]:
@@ -120,6 +120,18 @@ class Definition:
         factory.on_skip = register_after_skip  # type: ignore[attr-defined]
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the factory, defaults included."""
+        try:
+            call = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            locate(error, self.name)
+            raise
+        call.apply_defaults()
+        arguments = {name: as_number(value) for name, value in call.arguments.items()}
+        self.validate(arguments, self.name, {})
+        return arguments
 
     def read_annotations(self) -> None:
         """Do what has to wait for the first call, since annotations may name what is defined later."""

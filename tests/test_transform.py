@@ -113,7 +113,27 @@ def test_what_helps_a_function_gets_its_arguments(role: str) -> None:
     given = "tensors" if role == "measure" else "tensor, group"
     message = rf"{role}=first must be a function of \({given}, decay, eps\), .*; got \(tensor.*, group.*\*\*arguments"
     with pytest.raises(TypeError, match=message):
-        make_transform(**{role: first}, **options)(scaled if role == "measure" else total)
+        make_transform(**{role: first}, **options)(  # type: ignore[call-overload]
+            scaled if role == "measure" else total
+        )
+
+
+@pytest.mark.parametrize("call", [lambda: sign(X, {}), lambda: clip_by_norm(X), lambda: clip_by_norm(X, {})])
+def test_a_factory_called_with_a_tensor(call: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"makes a transform, (sign|clip_by_norm)\(...\), which is then called with a t"
+    ):
+        call()
+
+
+@pytest.mark.parametrize("keys", [[], ["b"], ["a", "b"]])
+def test_a_state_keeps_its_keys(keys: list[str]) -> None:
+    @make_transform(init=lambda tensor, group: {"a": tensor})
+    def forgetful(tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
+        return tensor, dict.fromkeys(keys, state["a"])
+
+    with pytest.raises(ValueError, match=r"must return a state with the keys that init has made, \['a'\], got \["):
+        forgetful().update(X, {}, forgetful().init(X, {}))
 
 
 def test_group_value_out_of_range() -> None:

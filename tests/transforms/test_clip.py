@@ -122,8 +122,9 @@ def test_tiny_gradients_stay_as_they_are(transform: Transform) -> None:
         (
             lambda: clip_adaptive(1)(T, {"lr": 0.1}),
             ValueError,
-            'clip_adaptive(clipping=1) needs group["param"], a tensor of the shape (2,) of its input; the group has '
-            "the keys ['lr']",
+            'clip_adaptive(clipping=1) needs group["param"], a tensor of the shape (2,) of its input. An optimizer '
+            'sets it in pre and update (in post, the tensor is the parameter); in a call by hand, pass {"param": ...}. '
+            "The group has the keys ['lr']",
         ),
     ],
 )
