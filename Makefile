@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
 
-.PHONY: demo test fuzz lint bench docs docs-serve clean
+.PHONY: demo test fuzz lint bench scoreboard docs docs-serve clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
@@ -34,6 +34,10 @@ docs: $(VENV)/docs
 
 docs-serve: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+scoreboard:
+	$(MAKE) .venv-frameworks/done VENV=.venv-frameworks EXTRAS=test,frameworks
+	.venv-frameworks/bin/python -m tests.frameworks.scoreboard
 
 clean:
 	rm -rf .venv .venv-frameworks build demo

@@ -6,8 +6,9 @@ import gradchain
 from docs.generate import pages, pictures
 from docs.generate.catalogue import CAPTIONS, CATALOGUE, FAMILIES
 from docs.generate.names import ROOT, prose, public_names
+from gradchain import testing
 
-NAMES = [*gradchain.__all__, "check_transform", "check_projection", "integrations.lightning"]
+NAMES = [*gradchain.__all__, *testing.__all__, "integrations.lightning"]
 
 
 @pytest.mark.parametrize("name", NAMES)

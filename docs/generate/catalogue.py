@@ -14,7 +14,7 @@ class Row:
         slots: The slots that it is for, the usual one first.
         kind: The kind of its picture, a function of ``pictures.py``; "" for none.
         shown: What the picture shows, one panel each: expressions that the kind evaluates.
-        elsewhere: Its names in other libraries than optax, whose names are in ``docs/coming-from/optax.md``.
+        elsewhere: Its names in other libraries than optax, whose names are in a table of their own.
         acts_on: A key of ``pages.ACTS_ON``, where there is no definition by ``@transform`` that says so.
         has_state: Whether it has a state, where there is no such definition.
     """
@@ -208,6 +208,7 @@ CATALOGUE = {
     "scale": Row(ELEMENT, ANY, "elements", ("scale(-0.5)",)),
     "scale_by_param_norm": Row(CHANGE, GRADIENT, "field", ("scale_by_param_norm()",)),
     "scale_by_param_rms": Row(CHANGE, GRADIENT, "field", ("scale_by_param_rms()",)),
+    "set_to_zero": Row(CHANGE, UPDATE, "elements", ("set_to_zero()",)),
     "sign": Row(
         ELEMENT, PRE, "elements", ("sign()",), {"torch": "`torch.sgn`", "rai-toolbox": "`SignedGradientOptim`"}
     ),

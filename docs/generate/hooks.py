@@ -20,21 +20,15 @@ from mkdocs.utils import get_relative_url
 from docs.generate import pages, pictures, programs
 from docs.generate.catalogue import CAPTIONS
 from docs.generate.check import check
-from docs.generate.names import public_names
+from docs.generate.names import ROOT, public_names
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Make the navigation, of the files that there are and of those that are generated."""
-    docs = Path(config.docs_dir)
-
-    def folder(name: str) -> list[str]:
-        found = sorted((docs / name).glob("*.md"), key=lambda path: (path.name != "index.md", path.name))
-        return [str(path.relative_to(docs)) for path in found]
-
-    folders = {"How do I ...?": folder("how-to"), "Coming from": folder("coming-from")}
-    recipes, coming_from = ([{title: paths}] if paths else [] for title, paths in folders.items())
+    recipes = _folder("How do I ...?", "how-to", "How do I ")
+    coming_from = _folder("Coming from", "coming-from", "Coming from ")
     guide = {"Guide": [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]}
-    about = ["how-it-works.md", "environments.md", "benchmarks.md", "limits.md", "changelog.md"]
+    about = ["how-it-works.md", "environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]
     config.nav = [{"Home": "index.md"}, guide, *recipes, *pages.navigation(), *coming_from, {"About": about}]
     return config
 
@@ -57,7 +51,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
     names = "|".join(map(re.escape, public_names()))
     code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
     skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
-    if page.file.src_uri.startswith(("parity", "coming-from")):
+    if page.file.src_uri.startswith("coming-from"):
         skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
 
     def link(match: re.Match[str]) -> str:
@@ -78,6 +72,20 @@ def on_post_page(output: str, **_: Any) -> str:
 def on_post_build(config: MkDocsConfig) -> None:
     """Check what was built."""
     check(Path(config.site_dir))
+
+
+def _folder(section: str, folder: str, prefix: str) -> list[dict[str, Any]]:
+    """The navigation of the pages of a folder, in the order of its list, without what all titles begin with."""
+    paths = list((ROOT / "docs" / folder).glob("*.md"))
+    contents = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    listed = re.findall(r"\((\S+\.md)\)", contents.pop("index.md", ""))
+    order = sorted(contents, key=lambda name: (listed.index(name) if name in listed else len(listed), name))
+    titles = [re.findall("^# (.+)$", contents[name], flags=re.MULTILINE)[0].removeprefix(prefix) for name in order]
+    pages: list[Any] = [
+        {(title[0].upper() + title[1:].removesuffix("?")).replace("`", ""): f"{folder}/{name}"}
+        for title, name in zip(titles, order, strict=True)
+    ]
+    return [{section: [f"{folder}/index.md"] * (len(paths) > len(pages)) + pages}] if paths else []
 
 
 def _formula(match: re.Match[str]) -> str:
