@@ -331,7 +331,7 @@ class Writer(Values):
         if len(names) > 1 and is_list:
             expression = f"zip(*{expression})"
         elif is_list and self.stacks and self._shape(call.results[0]) == ():
-            self.kinds[call.results[0]] = Kind.STACK
+            self.kinds[call.results[0]], self.memory[call.results[0]] = Kind.STACK, call.results[0]  # not a view any more
             expression = f"torch.stack({expression})"
         self.lines.append(f"{', '.join(names)} = {expression}")
 
