@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
-from nano_gpt import CONFIG, GPT, STEPS, batch, make_optimizer
+from nano_gpt import CONFIG, GPT, STEPS, batch, make_optimizer  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader

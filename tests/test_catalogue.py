@@ -19,7 +19,7 @@ from gradchain.contract import Group
 from gradchain.testing import check_projection, check_transform
 from tests.cases import CASES, Case, each
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def find_factories() -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_exports_are_distinct_and_exist() -> None:
 # found: 33
 def test_the_version_is_that_of_the_distribution() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", gradchain.__version__)
-    settings = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in settings  # so that it is said in one place
     assert '[tool.hatch.version]\npath = "gradchain/__init__.py"' in settings
 
@@ -129,11 +129,6 @@ def test_catalogue_is_exported() -> None:
 def test_catalogue_has_rows() -> None:
     names = {case.transform.definition.name for case in CASES if isinstance(case.transform, BoundTransform)}
     assert names == FACTORIES.keys()
-
-
-@pytest.mark.parametrize("name", FACTORIES)
-def test_catalogue_is_in_the_readme(name: str) -> None:
-    assert f"{name}(" in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", FACTORIES)

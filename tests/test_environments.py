@@ -1,4 +1,4 @@
-"""``docs/environments.md`` names tests that exist, and quotes what the code or the README says."""
+"""``docs/environments.md`` names tests that exist, and quotes what the code or the guide says."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def test_cells_are_tests(file: str, test: str) -> None:
 
 @pytest.mark.parametrize("words", sorted(set(re.findall(r'not supported: "(.*?)"', TABLE))))
 def test_limits_are_what_is_said(words: str) -> None:
-    sources = [ROOT / "README.md", ROOT / "docs" / "limits.md", *(ROOT / "gradchain").rglob("*.py")]
+    sources = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "gradchain").rglob("*.py")]
     assert any(words in " ".join(source.read_text(encoding="utf-8").split()) for source in sources)
 
 

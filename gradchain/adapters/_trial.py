@@ -74,10 +74,8 @@ class _TrialStep(Step):
     def commit(self) -> None:
         """Keep nothing."""
 
-    def _run(self, slot: str, tensors: list[Any], context: dict[str, list[Any]]) -> None:
-        plan = self.plans.get(slot) if self.plans else None
-        if plan is None:
-            return
+    def _run(self, plan: Plan, tensors: list[Any], context: dict[str, list[Any]]) -> None:
+        slot = plan.slot
         chain: Chain = getattr(self.owner, slot)
         stages = self.engine.stage(slot)
         shown = self._shown(slot, tensors, context, plan.touched)

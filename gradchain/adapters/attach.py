@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gradchain._units import print_slots
 from gradchain.adapters._hooks import Hooks
-from gradchain.adapters._trial import explain_step
+from gradchain.adapters._views import Views
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain
-from gradchain.contract import Transform
+from gradchain.contract import Group, Transform
 from gradchain.engine.combined import name_of, require_disjoint
-from gradchain.engine.engine import Weak
+from gradchain.engine.engine import Engine, Weak
 from gradchain.engine.groups import ATTACHED, DEFAULTS, make_chains, number_chains, own_defaults, prefixes
-from gradchain.engine.metrics import read_metrics
-from gradchain.engine.signals import make_signals
 from gradchain.engine.states import SLOTS
-from gradchain.explain import Explanation
 
 
 def attach(
@@ -114,7 +110,7 @@ def attach(
     return attached
 
 
-class Attached:
+class Attached(Views):
     """Transforms around the steps of an optimizer, as long as they are not removed. Made by ``attach``.
 
     Attributes:
@@ -156,58 +152,11 @@ class Attached:
         if self._hooks.exists:
             self._hooks().remove(self)
 
-    def explain(self) -> Explanation:
-        """Show what each stage of all that is attached would do in the next step.
-
-        See ``ParamTransformingOptimizer.explain``.
-
-        Example:
-            >>> import torch
-            >>> from gradchain import clip_by_norm
-            >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
-            >>> optimizer = torch.optim.SGD([x])
-            >>> attached = attach(optimizer, pre=clip_by_norm(1.0), param_ndim=None)
-            >>> x.square().sum().backward()
-            >>> [round(row.norm, 3) for row in attached.explain().rows]
-            [10.0, 1.0]
-        """
-        hooks = self._present_hooks("explain")
-        return explain_step(hooks.engine, hooks.defaults)
-
-    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
-        """What ``monitor``, clips and skips have seen, of all that is attached; see ``ParamTransformingOptimizer``."""
-        return read_metrics(self._present_hooks("metrics").engine, per_parameter=per_parameter)
-
-    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
-        """Give transforms values for the next step, such as the loss; see ``ParamTransformingOptimizer.signal``."""
-        hooks = self._present_hooks("signal")
-        hooks.engine.signals |= make_signals(values, hooks.param_groups, reduce)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within the ``with`` block, parameters have their averages; see ``ParamTransformingOptimizer.averaged``.
-
-        Example:
-            >>> import torch
-            >>> from gradchain import param_ema
-            >>> x = torch.tensor([1.0], requires_grad=True)
-            >>> optimizer = torch.optim.SGD([x], lr=1.0)
-            >>> attached = attach(optimizer, post=param_ema(0.5, debias=False))
-            >>> x.grad = torch.tensor([1.0])
-            >>> optimizer.step()
-            >>> with attached.averaged():
-            ...     print(x.item())
-            0.5
-            >>> x.item()
-            0.0
-        """
-        with self._present_hooks("averaged").engine.averaged():
-            yield
-
-    def _present_hooks(self, method: str) -> Hooks:
+    def _see(self, method: str) -> tuple[Engine, Group]:
         if not self._hooks.exists:
             raise RuntimeError(f"{self!r} is removed, and its states with it; call {method}() before remove()")
-        return self._hooks()
+        hooks = self._hooks()
+        return hooks.engine, hooks.defaults
 
     def __enter__(self) -> Attached:
         return self

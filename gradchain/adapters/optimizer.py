@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import profiler
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -15,8 +14,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from gradchain._html import show_optimizer
 from gradchain._units import print_slots
 from gradchain.adapters._compiled import step_compiled
-from gradchain.adapters._trial import explain_step
-from gradchain.broadcast import to_batch
+from gradchain.adapters._subclass import SubclassHooks
+from gradchain.adapters._views import Views
 from gradchain.chain import Chain
 from gradchain.contract import Group, Transform, is_same
 from gradchain.engine.combined import defaults_of_any, parts
@@ -34,18 +33,15 @@ from gradchain.engine.groups import (
     warn_of_short,
 )
 from gradchain.engine.inner import InnerOptimizers, make_inner
-from gradchain.engine.metrics import read_metrics
 from gradchain.engine.names import Names
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_reach, check_setup
 from gradchain.engine.select import Params
-from gradchain.engine.signals import make_signals
-from gradchain.engine.states import SLOTS, ParamEntry, ParamTable, TransformStates
+from gradchain.engine.states import SLOTS, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
-from gradchain.explain import Explanation
 
 
-class ParamTransformingOptimizer(Optimizer):
+class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     r"""Transform gradients before each step of an inner optimizer, its updates, and parameters after it.
 
     .. math:: p \leftarrow \mathrm{post}(p + \mathrm{update}(\Delta)), \quad
@@ -85,7 +81,7 @@ class ParamTransformingOptimizer(Optimizer):
     their slots.
 
     If a transform raises, parameters and the states of transforms are as they were before the step; the same holds for
-    hooks. Gradients and the state of the inner optimizer are as far as the step had come; only in the first step,
+    hooks. Gradients and the state of the inner optimizer can have changed already; only in the first step,
     gradients on which ``pre`` failed are as before. After Ctrl-C, a lack of memory or an error of the inner optimizer,
     load the last checkpoint.
 
@@ -158,7 +154,6 @@ class ParamTransformingOptimizer(Optimizer):
     _own_defaults: dict[str, Any]
     _overrides: Mapping[Any, Mapping[str, Any]] | None
     _engine: Engine
-    _hooked_slots: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -220,14 +215,6 @@ class ParamTransformingOptimizer(Optimizer):
             self._engine.adopt(loaded)
             self._engine.synced_states()
         self._engine.begin()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        hooks = {slot: f"_{slot}_step_transform_" for slot in ("pre", "post")}
-        base = ParamTransformingOptimizer
-        cls._hooked_slots = frozenset(
-            slot for slot, hook in hooks.items() if getattr(cls, hook) is not getattr(base, hook)
-        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -339,172 +326,6 @@ class ParamTransformingOptimizer(Optimizer):
             raise
         return loss
 
-    def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
-        """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
-
-        Args:
-            param: A parameter that has a gradient, in batch form (N, d0, ...), as is ``param.grad``: see ``to_batch``.
-            optim_group: The param group of the parameter.
-        """
-
-    def _post_step_transform_(self, param: Tensor, optim_group: Group) -> None:
-        """Edit ``param`` (or ``param.grad``) in place after the inner step; for subclasses, does nothing here.
-
-        Args:
-            param: A parameter in batch form (N, d0, ...), as is ``param.grad``, which can be None: see ``to_batch``.
-            optim_group: The param group of the parameter.
-        """
-
-    def _apply_pre_step_transform_(self) -> None:
-        """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
-        self._complete_groups()
-        step = Step(self._engine)
-        try:
-            step.transform_grads()
-        except SkippedStep as skipped:
-            skipped.keep_counters()
-        except BaseException:
-            step.undo()
-            raise
-        else:
-            step.commit()
-
-    def _apply_post_step_transform_(self) -> None:
-        """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
-        self._complete_groups()
-        step = Step(self._engine)
-        try:
-            step.transform_params()
-        except BaseException:
-            step.undo()
-            raise
-        step.commit()
-
-    def _run_hook(self, slot: str, entry: ParamEntry) -> None:
-        """Call the hook of a slot on a parameter in batch form, and carry over what it writes."""
-        hook = self._pre_step_transform_ if slot == "pre" else self._post_step_transform_
-        param, param_ndim = entry.param, entry.group["param_ndim"]
-        batch = to_batch(param.detach(), param_ndim)
-        originals = [(param, batch)]
-        if param.grad is not None:
-            batch_grad = batch.grad = to_batch(param.grad.detach(), param_ndim)
-            originals.append((param.grad, batch_grad))
-        before = batch.grad
-        hook(batch, optim_group=entry.group)
-        if batch.grad is not before:
-            raise ValueError(
-                f"{hook.__qualname__} rebinds param.grad; edit it in place: param.grad.copy_(...), param.grad.mul_(...)"
-            )
-        for original, batched in originals:
-            if batched.data_ptr() != original.data_ptr():  # no view could be made
-                original.copy_(batched.reshape(original.shape))
-
-    def explain(self) -> Explanation:
-        """Show what each stage would do in the next step, over all parameters; call it after ``backward()``.
-
-        The step is made, with copies of the gradients, and taken back: parameters, states and all else that the
-        optimizer holds are as before. Where ``pre`` alone has transforms, the inner optimizer makes no step; else it
-        must be one that makes it without a closure. Step hooks do not run. With a ``GradScaler``, call ``unscale_``
-        before. A slot without transforms has no rows.
-
-        The column ``runs`` says whether a stage was traced, and so runs as generated code, or runs as it is, and why.
-        ``print(optimizer.explain().program)`` shows that code.
-
-        Returns:
-            An ``Explanation``; ``explanation["fc.weight"]``, or ``explanation[0]``, is that of one parameter.
-
-        Example:
-            >>> from gradchain import normalize
-            >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
-            >>> optim = ParamTransformingOptimizer([x], pre=normalize(), param_ndim=None, lr=1.0)
-            >>> x.square().sum().backward()
-            >>> optim.explain()
-            stage          acts on           2-norm     rms  min  max  mean  zero  non-finite  cosine  changed  runs
-            gradient                             10   7.071    6    8     7    0%          0%       1
-              normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%  traced
-        """
-        return explain_step(self._engine, self._own_defaults)
-
-    def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
-        """What ``monitor``, clips and skips have seen, by name: ``self.log_dict(optimizer.metrics())`` in Lightning.
-
-        The figures of a ``monitor`` are those of the last step in which it looked. ``share_clipped`` is the share of
-        the units (tensors, rows or elements) that a clip made shorter, over the steps since the last call. The first
-        call starts to count, so that nobody pays for it who never asks; what was not counted yet is left out.
-        ``total`` and ``in_a_row`` count the steps that a transform has skipped. The device is waited for once. With
-        shards, clips count the rows that this process has; all else is of the whole.
-
-        Args:
-            per_parameter: Also the figures of each parameter, ``"pre/monitor/norm/fc.weight"``, by name or number.
-
-        Example:
-            >>> from gradchain import chain, clip_by_norm, monitor
-            >>> x = torch.tensor([[3.0, 4.0], [0.3, 0.4]], requires_grad=True)
-            >>> optim = ParamTransformingOptimizer([x], pre=chain(monitor(), clip_by_norm(1.0)), lr=0.0)
-            >>> _ = optim.metrics()
-            >>> x.square().sum().backward()
-            >>> optim.step()
-            >>> metrics = optim.metrics()
-            >>> list(metrics)
-            ['pre/monitor/norm', 'pre/monitor/rms', 'pre/monitor/ratio', 'pre/monitor/zero', 'pre/monitor/nonfinite',
-            'pre/clip_by_norm/share_clipped']
-            >>> metrics["pre/monitor/ratio"], metrics["pre/clip_by_norm/share_clipped"]
-            (2.0, 0.5)
-        """
-        return read_metrics(self._engine, per_parameter=per_parameter)
-
-    def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
-        """Give transforms values from outside, such as the loss, which they read in the next step as ``group["loss"]``.
-
-        They are for that step alone: a transform that reads one which was not given again is an error. A second value
-        for the same step replaces the first. With ``step_in_backward``, give them before the backward pass.
-
-        Args:
-            reduce: What counts of the values of all processes of the default group, ``"mean"``, ``"sum"``, ``"min"`` or
-                ``"max"``; then all of them have to call it. None keeps the value of each.
-            **values: Numbers or tensors, which are copied to the device of the first parameter, and not read.
-
-        Raises:
-            TypeError: A value is neither a number nor a tensor.
-            ValueError: The group has such a key already, or there is no such reduction.
-
-        Example:
-            >>> x = torch.tensor([1.0], requires_grad=True)
-            >>> pre = lambda tensor, group: tensor / (1 + group["loss"])
-            >>> optim = ParamTransformingOptimizer([x], pre=pre, lr=1.0)
-            >>> loss = 3 * x.sum()
-            >>> loss.backward()
-            >>> optim.signal(loss=loss)
-            >>> optim.step()
-            >>> x
-            tensor([0.2500], requires_grad=True)
-        """
-        self._engine.signals |= make_signals(values, self.param_groups, reduce)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within the ``with`` block, parameters have their averages, from ``param_ema`` or ``lookahead`` in ``post``.
-
-        Parameters without an average, and all of them before the first step, stay as they are.
-
-        Raises:
-            ValueError: ``post`` keeps no average, or two of one parameter.
-
-        Example:
-            >>> from gradchain import param_ema
-            >>> x = torch.tensor([1.0], requires_grad=True)
-            >>> optim = ParamTransformingOptimizer([x], post=param_ema(0.5, debias=False), lr=1.0)
-            >>> x.grad = torch.tensor([1.0])
-            >>> optim.step()
-            >>> with optim.averaged():
-            ...     print(x.item())
-            0.5
-            >>> x.item()
-            0.0
-        """
-        with self._engine.averaged():
-            yield
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``."""
         before = {id(group) for group in self.param_groups}
@@ -548,6 +369,9 @@ class ParamTransformingOptimizer(Optimizer):
         self._engine.load_states(states, self.inner_opt)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _see(self, method: str) -> tuple[Engine, Group]:
+        return self._engine, self._own_defaults
 
     def _chains(self) -> dict[str, Chain]:
         return {slot: getattr(self, slot) for slot in SLOTS}

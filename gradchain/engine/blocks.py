@@ -27,7 +27,7 @@ from gradchain.engine.traced import (
     dependencies,
     trace_stages,
 )
-from gradchain.engine.writer import KINDS
+from gradchain.engine.values import KINDS
 from gradchain.stage import Part
 
 BLOCK_BYTES = 2**21
@@ -77,9 +77,6 @@ class Programs(Operation):
             locate(error, self.slot)
             raise
 
-    def holds(self) -> bool:
-        return all(holds() for holds in self.depends)
-
     @property
     def how(self) -> str:
         return "traced"
@@ -116,7 +113,7 @@ class Programs(Operation):
             if self._pays_to_stack(same):
                 rest = [number for number in rest if number not in set(same)]
                 for part in _chunks(same, self._bytes):
-                    yield self._stacked(part)
+                    yield self._stacked(part) if len(part) > 1 else self._single(part[0])
         small = [number for number in rest if self._bytes(number) < BLOCK_BYTES]
         has_many_calls = len(_calls_for_each(self.traced[numbers[0]].trace)) > 1
         for chunk in _chunks(small, self._bytes) if has_many_calls else [small]:
@@ -207,11 +204,14 @@ class Programs(Operation):
             return self._local_picker(key, numbers, single=single)
         if not single and list(numbers) == list(range(len(self.items))):
             return (lambda work: work.tensors) if key is None else (lambda work: work.context[key])
-        pick: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)  # of one number, the tensor itself
+        if single:
+            number = numbers[0]
+            return (lambda work: work.tensors[number]) if key is None else (lambda work: work.context[key][number])
+        pick: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)
 
         def take(values: Sequence[Any]) -> Any:
             if torch.compiler.is_compiling():  # where there is no itemgetter
-                return values[numbers[0]] if single else [values[number] for number in numbers]
+                return [values[number] for number in numbers]
             return pick(values)
 
         return (lambda work: take(work.tensors)) if key is None else (lambda work: take(work.context[key]))

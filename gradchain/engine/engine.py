@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from operator import eq
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
@@ -116,6 +116,7 @@ class Engine:
         """Whether the states are known to fit the chains."""
         self.signals: dict[str, Tensor] = {}
         """The values from outside for the next step."""
+        self._had_grads: Sequence[bool] = ()
         self.steps = 0
         """How many have been made."""
         self.counts: ByParam | None = None
@@ -143,9 +144,10 @@ class Engine:
         if self.counts is None:
             self.counts, self._plans = {}, None
 
-    def have_grads(self) -> list[bool]:
+    def have_grads(self) -> Sequence[bool]:
         """Which parameters had a gradient in the last step, as far as it is known."""
-        return [True] * len(self.param_table.params) if self._plans is None else self._plans.have_grads
+        count = len(self.param_table.params)
+        return self._had_grads if len(self._had_grads) == count else [True] * count
 
     def reset(self, states: TransformStates) -> None:
         """Go on with other states."""
@@ -334,19 +336,25 @@ class Engine:
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads):
-            for index, group in enumerate(param_table.groups):
-                check_support(index, group)  # which can have changed since construction
-            known = SlotPlans(chains, param_table, grads)
-            known.of = {
-                slot: self._make_plan(slot, param_table, grads)
-                for slot, stages in zip(SLOTS, chains, strict=True)
-                if stages
-            }
-            known.finish()
+            known = self._make_plans(chains, param_table, grads)
             self._plans = known if known.can_be_kept else None
         for plan in known.of.values():
             plan.prepare()
+        self._had_grads = known.have_grads
         return known
+
+    @torch.no_grad()
+    def _make_plans(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> SlotPlans:
+        for index, group in enumerate(param_table.groups):
+            check_support(index, group)  # which can have changed since construction
+        plans = SlotPlans(chains, param_table, grads)
+        plans.of = {
+            slot: self._make_plan(slot, param_table, grads)
+            for slot, stages in zip(SLOTS, chains, strict=True)
+            if stages
+        }
+        plans.finish()
+        return plans
 
     def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
         stage = self.stage(slot)

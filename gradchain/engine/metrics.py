@@ -58,7 +58,7 @@ def read_metrics(engine: Engine, *, per_parameter: bool) -> dict[str, float]:
 
 def _sources(engine: Engine) -> Iterator[_Source]:
     """The stages that have figures, in order."""
-    entries, states = engine.param_table.entries, engine.states
+    entries, states, have_grads = engine.param_table.entries, engine.states, engine.have_grads()
     for slot in SLOTS:
         groups = [{**entry.context(slot), "param": entry.param} for entry in entries]
         labels: set[str] = set()
@@ -72,9 +72,12 @@ def _sources(engine: Engine) -> Iterator[_Source]:
                     number += 1
                     label = f"{base}_{number}"
                 labels.add(label)
-                have = [slot == "post" or has_grad for has_grad in engine.have_grads()]
-                known = [path + key for key in stage.reports]
-                numbers = [i for i in part.numbers if have[i] and states.of(entries[i]).keys() >= set(known)]
+                known = {path + key for key in stage.reports}
+                numbers = [
+                    i
+                    for i in part.numbers
+                    if (slot == "post" or have_grads[i]) and states.of(entries[i]).keys() >= known
+                ]
                 yield _Source(label, path, stage, numbers)
 
 

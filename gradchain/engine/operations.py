@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
-from gradchain.contract import ACTED, CONTEXT, PLACE, Group, State, locate
+from gradchain.contract import ACTED, Group, State, locate
 from gradchain.engine.trace import META, without_data
 from gradchain.engine.traced import Traced, count_units, dependencies, seen_by
 from gradchain.stage import Part, Stage, below
@@ -124,6 +124,8 @@ class Operation(ABC):
     precedes_skip = False
     reads_params = True
     """Whether it can read ``group["param"]``."""
+    depends: Sequence[Callable[[], bool]] = ()
+    """Whether what it depends on besides the tensors is as it was."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
@@ -148,10 +150,6 @@ class Operation(ABC):
         """What runs, as lines of comments and of code."""
         places = "; ".join(": ".join(part.places) for part in self.parts)
         return [" ".join(f"# {self.slot}: {places}: {self.describe()}".split())]
-
-    def holds(self) -> bool:
-        """Whether what it depends on besides the tensors is as it was."""
-        return True
 
     def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
         """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
@@ -258,9 +256,6 @@ class Gathering(AsItIs):
         self.traced = traced
         self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
 
-    def holds(self) -> bool:
-        return all(holds() for holds in self.depends)
-
     def context_of(self, number: int) -> Iterable[str]:
         traced = self.traced[number]
         return [key for key in self.items[number].context if traced is None or traced.reads(key)]
@@ -322,59 +317,6 @@ class Measure(Operation):
         return f"measures {count(self.acting)}"
 
 
-class Jointly(Operation):
-    """A stage that gets all tensors at once, as it is, since it measures them or looks at them."""
-
-    def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
-        # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
-        numbers = [i for i in part.numbers if items[i].is_transformed or part.stage.shares_state]
-        super().__init__(slot, [part._replace(numbers=numbers)], items)
-        self.part = part
-        self.skips = bool(part.stage.skip_keys)
-        self.cannot_raise = part.stage.is_identity
-
-    def run(self, work: Pass) -> None:
-        if work.step > 1 and work.step % self.part.stage.every:
-            return
-        see: Callable[[Any], Any] = (lambda value: value) if self.part.stage.is_identity else gather
-        tensors, groups, states = [], [], []
-        for number in self.numbers:
-            item = self.items[number]
-            given, form = work.tensors[number], local(item.example)
-            tensors.append(see(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
-            keys = item.context if item.is_transformed else ()
-            context = {key: see(work.context[key][number]).detach() for key in keys}
-            # Masks in it read the parameter in ``post`` too, and that of what takes no part.
-            param = tensors[-1] if item.is_transformed else item.param.detach()
-            groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
-            states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
-        try:
-            results, new_states = self.part.stage.run(tensors, groups, states)
-        except Exception as error:
-            located(error, self.slot, self.part)
-            raise
-        olds = [self.part.states_of(self.items[number].states) for number in self.numbers]
-        if self.part.stage.is_identity:
-            work.commits.append(partial(_put_all, olds, new_states))
-            return
-        inputs = [*tensors, *(group[key] for group in groups for key in CONTEXT if key in group)]
-        storages = storages_of(inputs)
-        pairs = [(old, without_storages(new, storages)) for old, new in zip(olds, new_states, strict=True)]
-        self.raise_if_skipped(self.part.stage, pairs)
-        work.commits += [partial(put_states, old, new) for old, new in pairs]
-        for number, tensor, result in zip(self.numbers, tensors, results, strict=True):
-            if result is not tensor and tensor.numel():
-                put(result, work.tensors[number])
-
-    @property
-    def how(self) -> str:
-        return f"as it is: {'looks at' if self.part.stage.is_identity else 'measures'} all together"
-
-    def describe(self) -> str:
-        does = "looks at" if self.part.stage.is_identity else "measures"
-        return f"as it is, {count(self.numbers)} together: {does} them"
-
-
 def count(numbers: Sequence[int]) -> str:
     """How many tensors there are, in words."""
     return f"{len(numbers)} tensor{'s'[: len(numbers) != 1]}"
@@ -383,12 +325,6 @@ def count(numbers: Sequence[int]) -> str:
 def put(result: Tensor, tensor: Any) -> None:
     """Write ``result`` into ``tensor``, each process its part of it."""
     tensor.copy_(distribute_like(result, tensor) if is_distributed(tensor) else result)
-
-
-def _put_all(olds: Sequence[State], news: Sequence[State]) -> None:
-    """Write new states, which are plain tensors, into the tensors of the old ones."""
-    pairs = [(old[key], new[key]) for old, new in zip(olds, news, strict=True) for key in new]
-    torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def put_states(old: State, new: State, *, gathered: bool = True) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -14,9 +15,10 @@ from gradchain.chain import Chain
 from gradchain.contract import Group, locate
 from gradchain.engine.blocks import Programs
 from gradchain.engine.forms import Forms
-from gradchain.engine.operations import AsItIs, Gathering, Jointly, Measure, Operation, Pass, SlotTensor, View, located
+from gradchain.engine.jointly import Jointly
+from gradchain.engine.operations import AsItIs, Gathering, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.states import ParamTable
-from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, is_same_value, trace_stages
+from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, has, trace_stages
 from gradchain.stage import Part, Stage
 
 
@@ -33,6 +35,7 @@ class Plan:
         operations: What runs, in order.
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether all that can raise has shown by now.
+        depends: Whether what it depends on besides the tensors is as it was.
         skips: Whether a stage can call the step off.
         reads_params: Whether a stage can read ``group["param"]``.
     """
@@ -51,13 +54,17 @@ class Plan:
         for part in self.parts:
             if part.stage.shares_state:
                 self._share_states(part)
-        self._selected_by = [
-            (item.group, key, value)
+        self.operations = list(self._make_operations(fused))
+        selected_by = {
+            (id(item.group), key): partial(has, item.group, key, value)
             for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
             if key not in item.own_keys and key != "param"
+        }
+        self.depends: list[Callable[[], bool]] = [
+            *selected_by.values(),
+            *(each for operation in self.operations for each in operation.depends),
         ]
-        self.operations = list(self._make_operations(fused))
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
         forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
@@ -83,12 +90,6 @@ class Plan:
                 if part.stage.shares(key):
                     first = next(each.states for each in by_age if part.path + key in each.states)
                     item.states[part.path + key] = first[part.path + key]
-
-    def holds(self) -> bool:
-        """Whether what the plan depends on besides the tensors is as it was."""
-        return all(is_same_value(group.get(key, ABSENT), value) for group, key, value in self._selected_by) and all(
-            operation.holds() for operation in self.operations
-        )
 
     def prepare(self) -> None:
         """Raise where a hyperparameter has the wrong type or is out of range."""
@@ -252,20 +253,21 @@ class SlotPlans:
             and self.param_table is param_table
             and self.grad_forms.are_of(grads)
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
-            and all(map(is_same_value, self.known_values, self.group_values()))
-            and all(plan.holds() for plan in self.of.values())
+            and all(holds() for holds in self.depends)
         )
 
     def finish(self) -> None:
         """Sum up, when all are there."""
         self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
-        self.known_values = self.group_values()
+        self.depends: list[Callable[[], bool]] = [
+            partial(has, group, key, group.get(key, ABSENT))
+            for group in self.param_table.groups
+            for key in ("param_names", "differentiable")
+        ]
+        for plan in self.of.values():
+            self.depends += plan.depends
         if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
             self.param_forms = Forms(self.param_table.params)
-
-    def group_values(self) -> list[Any]:
-        """The values in the groups that all plans depend on."""
-        return [group.get(key) for group in self.param_table.groups for key in ("param_names", "differentiable")]
 
 
 def _is_lazy(grad: Tensor | None) -> bool:

@@ -59,7 +59,6 @@ def _without_number(leaf: Any) -> Any:
     return "a number" if is_number else leaf
 
 
-@functools.lru_cache(maxsize=1024)
 def write(traces: tuple[Trace, ...], device: torch.device, *, single: bool) -> Program:
     """The program for tensors whose traces have one signature.
 
@@ -68,6 +67,12 @@ def write(traces: tuple[Trace, ...], device: torch.device, *, single: bool) -> P
         device: Where the tensors are.
         single: Whether it is for one tensor at a time, which it takes without a list.
     """
+    keeps_tensors = any(constant.ndim for trace in traces for constant in trace.constants.values())
+    return (_write.__wrapped__ if keeps_tensors else _write)(traces, device, single)  # nothing else keeps them alive
+
+
+@functools.lru_cache(maxsize=1024)
+def _write(traces: tuple[Trace, ...], device: torch.device, single: bool) -> Program:
     writer = Writer(traces, device, single=single)
     source, run = writer.write()
     trace = traces[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradchain._sharding import gather
-from gradchain.contract import GIVEN, Group
+from gradchain.contract import GIVEN, Group, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "min", "max", None)
 
@@ -33,9 +33,9 @@ def make_signals(values: Mapping[str, Any], groups: Sequence[Group], reduce: str
             )
         if isinstance(value, bool) or not isinstance(value, Real | Tensor):
             raise TypeError(f"signal: {key} must be a number or a tensor, got {type(value).__name__}")
-        # A copy, since what made it may write to it before the step.
         tensor = gather(value.detach()) if isinstance(value, Tensor) else torch.tensor(float(value))
-        found[key] = tensor.to(device, copy=True)
+        # A copy, since what made it may write to it before the step.
+        found[key] = tensor.to(device, compute_dtype(tensor.dtype), copy=True)
     return found if reduce is None else _reduce(found, reduce)
 
 

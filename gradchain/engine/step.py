@@ -50,14 +50,14 @@ class Step:
 
     def make_plans(self) -> SlotPlans:
         """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
-        with torch.no_grad():
-            self.grads = [param.grad for param in self.param_table.params]
-            plans = self.engine.plans(self.param_table, self.grads)
-            self.plans = plans.of
-            if plans.has_unusual_grads:
-                self._make_grads_writable()
-            return plans
+        self.grads = [param.grad for param in self.param_table.params]
+        plans = self.engine.plans(self.param_table, self.grads)
+        self.plans = plans.of
+        if plans.has_unusual_grads:
+            self._make_grads_writable()
+        return plans
 
+    @torch.no_grad()
     def _make_grads_writable(self) -> None:
         hooked, pre = "pre" in self.owner._hooked_slots, self.plans.get("pre") if self.plans else None
         touched = set(pre.touched if pre else ())
@@ -78,7 +78,8 @@ class Step:
             is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.cannot_raise or plan.has_run)
             saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads if grad is not None]
             try:
-                self._run("pre", self.grads, {"param": self.param_table.params})
+                if plan is not None:
+                    self._run(plan, self.grads, {"param": self.param_table.params})
                 self._run_hooks("pre")
             except BaseException:
                 for grad, value in saved:
@@ -120,24 +121,27 @@ class Step:
 
     def transform_update(self) -> None:
         """Do what ``update`` and ``post`` do."""
-        with torch.no_grad():
-            if self.plans is None:  # the closure was not called
-                self.plans = self.make_plans().of
-            params, update = self.param_table.params, self.plans.get("update")
-            if update is not None and update.touched:
+        plans = self.make_plans().of if self.plans is None else self.plans  # None if the closure was not called
+        params, update = self.param_table.params, plans.get("update")
+        if update is not None and update.touched:
+            with torch.no_grad():
                 # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
                 moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
                 if not update.is_plain:  # elementwise, so that shards do
                     moved, before = list(map(local, moved)), list(map(local, before))
                 _subtract(moved, before, checks_sums=update.is_on_cpu and not torch.compiler.is_compiling())
-                self._run("update", params, {"param": self.before, "grad": self.grads})
+                self._run(update, params, {"param": self.before, "grad": self.grads})
                 torch._foreach_add_(moved, before)
-            self.transform_params()
+        self.transform_params()
 
     def transform_params(self) -> None:
         """Do what ``post`` does."""
+        plan = self.plans.get("post") if self.plans else None
+        if plan is None and "post" not in self.owner._hooked_slots:
+            return
         with torch.no_grad():
-            self._run("post", self.param_table.params, {"grad": self.grads})
+            if plan is not None:
+                self._run(plan, self.param_table.params, {"grad": self.grads})
             self._run_hooks("post")
 
     def keep_states(self) -> None:
@@ -171,10 +175,7 @@ class Step:
         skipped.keep_counters()
         return skipped.loss
 
-    def _run(self, slot: str, tensors: list[Any], context: dict[str, list[Any]]) -> None:
-        plan = self.plans.get(slot) if self.plans else None
-        if plan is None:
-            return
+    def _run(self, plan: Plan, tensors: list[Any], context: dict[str, list[Any]]) -> None:
         # In a graph the number would be fixed.
         number = 1 if torch.compiler.is_compiling() else self.engine.steps + 1
         self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise, step=number))

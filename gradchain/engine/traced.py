@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from gradchain._sharding import local_part
 from gradchain.contract import ACTED, Group, State, compute_dtype, is_same, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
-from gradchain.stage import Combinator, Part, Stage
+from gradchain.stage import Combinator, Function, Part, Stage
 
 if TYPE_CHECKING:
     from gradchain.engine.operations import SlotTensor, View
@@ -27,7 +29,8 @@ NUMBER, VALUE, CONTEXT, STATE, VIEW, COUNT = "number:", "value:", "context:", "s
 ABSENT = object()
 
 
-class Traced(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Traced:
     """A trace of several stages, and what it depends on besides its inputs."""
 
     trace: Trace
@@ -38,7 +41,7 @@ class Traced(NamedTuple):
     def holds(self, group: Group) -> bool:
         """Whether it is a trace for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
-            _has(group, key, value) for key, value in self.keys.items()
+            has(group, key, value) for key, value in self.keys.items()
         )
 
     def reads(self, key: str) -> bool:
@@ -171,16 +174,31 @@ def trace_stages(
         count,
     )
     group = item.full_group
-    known = _KNOWN.get(key)
+    has_tensors = any(map(_has_tensors, (*(part.stage for part in parts), *(reading.value for reading in watched))))
+    traces = _OF_TENSORS if has_tensors else _KNOWN
+    known = traces.get(key)
     if known is None or not known.holds(group):
         known = _trace(parts, item, group, views, count, watched)
-        if len(_KNOWN) >= 4096:
-            _KNOWN.clear()
-        _KNOWN[key] = known
+        if len(traces) >= 4096:
+            traces.clear()
+        traces[key] = known
     return known
 
 
 _KNOWN: dict[Any, Traced] = {}
+
+_OF_TENSORS: WeakValueDictionary[Any, Traced] = WeakValueDictionary()
+"""Traces that keep tensors alive, such as the bounds of one batch of images: only as long as an optimizer uses them."""
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether ``value``, or what a stage is made of, is a tensor with dimensions."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    if isinstance(value, Stage) and not isinstance(value, Function):
+        value = value.__reduce__()[1]
+    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_has_tensors, members))
 
 
 def _trace(
@@ -302,13 +320,14 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
             found[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
-                found[id(item.group), key, id(value)] = partial(_has, item.group, key, value, item.signals)
+                found[id(item.group), key, id(value)] = partial(has, item.group, key, value, item.signals)
     return list(found.values())
 
 
-def _has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+    """Whether a group, or a signal, still has the value, or one of the kind, that it had under ``key``."""
     now = group.get(key, signals.get(key, ABSENT))
-    return kind_of(now) == value if type(value) is Kind else is_same_value(now, value)
+    return now is value or (kind_of(now) == value if type(value) is Kind else is_same_value(now, value))
 
 
 def form_of(value: Any) -> Any:

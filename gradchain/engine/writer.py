@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,24 +24,8 @@ from gradchain.engine.table import (
     power,
     scalar,
 )
-from gradchain.engine.trace import CONSTANT, DEVICE, TENSOR, Call, Ref, Trace
-
-
-class Kind(IntEnum):
-    """What a name in the generated code stands for."""
-
-    NUMBER = 0
-    """A Python number."""
-    SHARED = 1
-    """A tensor that is the same for all tensors of the program."""
-    STACK = 2
-    """A number for each tensor of the program, in one tensor."""
-    EACH = 3
-    """A list with a tensor for each tensor of the program; just that tensor in a program for a single one."""
-
-
-KINDS = {"number:": Kind.NUMBER, "value:": Kind.SHARED, "view:": Kind.SHARED, CONSTANT: Kind.SHARED}
-"""The inputs that are not one for each tensor, by the beginning of their names."""
+from gradchain.engine.trace import DEVICE, TENSOR, Call, Ref, Trace
+from gradchain.engine.values import Kind, Values
 
 
 def _positional(index: int, position: int, trace: Trace) -> Any:
@@ -62,39 +44,24 @@ def _is_long_norm(trace: Trace, index: int) -> bool:
     return isinstance(ord, int | float) and is_long(size, float(ord))
 
 
-class Writer:
-    """Writes the lines of a program, call after call, and keeps track of which memory can be overwritten."""
+class Writer(Values):
+    """Writes the lines of a program, call after call."""
 
     def __init__(self, traces: Sequence[Trace], device: torch.device, *, single: bool) -> None:
-        self.traces = traces
-        self.trace = traces[0]
-        self.single = single
-        self.lines: list[str] = []
         self.functions = SimpleNamespace()
         constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
         constants |= {"divide": divide, "power": power, "scalar": scalar, "vector_norm": torch.linalg.vector_norm}
         self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
+        super().__init__(traces[0], self.globals, single=single)
+        self.traces = traces
+        self.lines: list[str] = []
         self.differing: list[Callable[[Trace], Any]] = []
-        inputs = self.trace.inputs
-        self.kinds = {
-            number: next((kind for start, kind in KINDS.items() if name.startswith(start)), Kind.EACH)
-            for name, number in inputs.items()
-        }
-        self.names: dict[int, str] = {}
-        for input_name, number in inputs.items():
-            self.names[number] = self._new_name(re.sub(r"\W", "_", input_name.rpartition(":")[2]))
         self.parameters = list(self.names.values())
-        self.memory = {number: number for number in inputs.values()}
-        """Of each value, the value in whose memory it is."""
-        self.last_use = {n: index for index, call in enumerate(self.trace.calls) for n in call.references()}
         small = [call for call in self.trace.calls if call.is_pointwise and self._shape(call.results[0]) == ()]
         self.stacks = not single and len(small) > 2
         """Whether to stack what is a number for each tensor, since several operations on it follow."""
         self.numbers: set[int] = set()
         """The values that are lists of plain numbers."""
-        self.homes = {inputs[name]: number for name, number in self.trace.outputs.items()}
-        """The inputs that are to be overwritten, each with the value that it gets."""
-        self.unwritten = dict(self.homes)
 
     def write(self) -> tuple[str, Callable[..., None]]:
         """The source of the program, and its function."""
@@ -122,30 +89,7 @@ class Writer:
         exec(source, self.globals)
         return source, self.globals["program"]
 
-    # Names, arguments and memory
-
-    def _new_name(self, base: str) -> str:
-        name, count = base if base.isidentifier() else f"x_{base}", 1
-        taken = {*self.names.values(), *self.globals}
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        return name
-
-    def _shape(self, number: int) -> tuple[int, ...]:
-        return self.trace.forms[number][0]
-
-    def _is_dead(self, number: int, index: int) -> bool:
-        """Whether the memory of a value can be overwritten after the call at ``index`` has read it."""
-        home = self.memory[number]
-        if home in self.trace.inputs.values() and home not in self.homes:
-            return False
-        in_use = self.unwritten.values()
-        waiting = self.unwritten.get(home)
-        if waiting in self.names and self.memory[waiting] != home:
-            return False  # what belongs here is known, and is put here next
-        same = [each for each, memory in self.memory.items() if memory == home]
-        return all(self.last_use.get(each, -1) <= index and each not in in_use for each in same)
+    # Arguments
 
     def _argument(self, find: Callable[[Trace], Any]) -> tuple[str, Kind]:
         """The expression of an argument."""
@@ -201,46 +145,13 @@ class Writer:
         else:
             self._write_list(index, call, name, arguments, options)
 
-    def _target(self, index: int, call: Call, arguments: Sequence[tuple[str, Kind]]) -> int | None:
-        """The position of an argument that the result can overwrite."""
-        form = self.trace.forms[call.results[0]]
-        for position in range(len(arguments)) if call.is_pointwise else ():
-            leaf = call.args[position]
-            if (
-                isinstance(leaf, Ref)
-                and self.kinds[leaf.number] is Kind.EACH
-                and self.trace.forms[leaf.number] == form
-                and self._is_dead(leaf.number, index)
-                and all(self.memory[n] != self.memory[leaf.number] for n in call.references() if n != leaf.number)
-            ):
-                return position
-        return None
-
-    def _spare(self, index: int, call: Call) -> int | None:
-        """An input whose memory is free for the result."""
-        for home in self.homes:
-            if (
-                home in self.unwritten
-                and self.kinds[home] is Kind.EACH
-                and self.trace.forms[home] == self.trace.forms[call.results[0]]
-                and self._is_dead(home, index)
-                and call.is_pointwise
-                and all(self.memory[n] != home or (self.single and n == home) for n in call.references())
-            ):
-                return home
-        return None
-
-    def _take(self, result: int, value: int) -> None:
-        """Let ``result`` be where ``value`` was."""
-        self.kinds[result], self.names[result], self.memory[result] = Kind.EACH, self.names[value], self.memory[value]
-
     def _use_reciprocal(self, index: int, call: Call, name: str, texts: list[str], kind: Kind) -> str:
         """Make a quotient a product where that is faster; the name of the operation."""
         if name != "div" or call.kwargs or not isinstance(call.args[1], Ref) or kind < Kind.SHARED:
             return name
         divisor, size = call.args[1].number, math.prod(self._shape(call.results[0]))
         few = max(1, math.prod(self._shape(divisor)))
-        if size < max(WORTH_A_RECIPROCAL if kind is Kind.EACH else 0, 64 * few) and kind is not Kind.STACK:
+        if size < max(WORTH_A_RECIPROCAL if kind is Kind.EACH else 0, 32 * few) and kind is not Kind.STACK:
             return name
         if kind is Kind.STACK or kind is Kind.SHARED or self.single:
             texts[1] = f"{texts[1]}.reciprocal()"
@@ -257,6 +168,9 @@ class Writer:
             name = self._use_reciprocal(index, call, name, texts, arguments[1][1])
         position = self._target(index, call, arguments) if kind is Kind.EACH and not options else None
         has_method = name in FOREACH or name == "clamp"
+        if name == "clamp" and len({bound is Kind.NUMBER for text, bound in arguments[1:] if text != "None"}) == 2:
+            self._write_mixed_clamp(call, texts, kind, in_place=position == 0)
+            return
         if position is not None and has_method and (position == 0 or name in COMMUTATIVE):
             others = [text for place, text in enumerate(texts) if place != position]
             in_place = f"{texts[position]}.{name}_({', '.join(others)})"
@@ -276,6 +190,16 @@ class Writer:
             self.lines.append(f"{self.names[result]} = torch.{name}({', '.join(given)})")
         else:
             self._write_generic(index, call, name, arguments, options, kind)
+
+    def _write_mixed_clamp(self, call: Call, texts: list[str], kind: Kind, *, in_place: bool) -> None:
+        """With a number and a tensor as bounds, which torch does not take together."""
+        text, lower, upper = texts
+        if in_place:
+            self.lines.append(f"{text}.clamp_min_({lower})")
+            self._take(call.results[0], call.args[0].number)
+        else:
+            self._assign(call, f"torch.clamp_min({text}, {lower})", kind)
+        self.lines.append(f"{self.names[call.results[0]]}.clamp_max_({upper})")
 
     def _write_list(
         self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any]
@@ -312,7 +236,8 @@ class Writer:
                 self.lines.append(f"{self.names[result]} = torch._foreach_{name}({', '.join([*texts, *extra])})")
                 return
         if name == "clamp" and first_is_list and not options:
-            self._write_clamp(index, call, texts)
+            shared = [f"[{text}] * len({texts[0]})" if kind is Kind.SHARED else text for text, kind in arguments[1:]]
+            self._write_clamp(index, call, [texts[0], *shared])
         elif name == "norm" and first_is_list and self._shape(result) == () and not options and len(arguments) <= 2:
             function = "norms" if self._has_long_norms(index) else "torch._foreach_norm"
             self._assign(call, f"{function}({', '.join(texts)})", Kind.EACH)
@@ -331,10 +256,6 @@ class Writer:
         """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
         return not shared or (name in TAKES_SCALARS and all(self._shape(leaf.number) == () for leaf in shared))
-
-    def _spare_for_zeros(self, index: int, call: Call) -> int | None:
-        homes = [n for n, value in self.unwritten.items() if value == call.results[0]]
-        return next((n for n in homes if self._is_dead(n, index)), None)
 
     def _write_clamp(self, index: int, call: Call, texts: list[str]) -> None:
         result, target = call.results[0], call.args[0].number

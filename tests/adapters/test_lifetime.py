@@ -225,3 +225,34 @@ def test_steps_leave_nothing(make: Any, step: Callable[[Optimizer], None], slots
     for _ in range(20):
         step(optimizer)
     assert not alive() - before
+
+
+def reference(x: Tensor) -> Any:
+    return g.project_ball_around_reference(0.1, reference=x)
+
+
+def bounds(x: Tensor) -> Any:
+    return g.chain(g.sign(), g.project_box(-1.0, x))
+
+
+def mask(x: Tensor) -> Any:
+    return g.with_error_feedback(g.masked(g.scale(2.0), x > 0))
+
+
+def closure(x: Tensor) -> Any:
+    return lambda tensor, group: tensor.clamp(-x, x)
+
+
+@pytest.mark.parametrize("make", [reference, bounds, mask, closure])
+def test_the_tensors_of_transforms(make: Callable[[Tensor], Any]) -> None:
+    """As in adversarial training, where each batch has bounds of its own."""
+    x = torch.rand(4, 3)
+    kept = weakref.ref(x)
+    param = nn.Parameter(torch.ones(4, 3))
+    optimizer = ParamTransformingOptimizer([param], post=make(x), param_ndim=None)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    del x, optimizer
+    gc.collect()
+    assert kept() is None

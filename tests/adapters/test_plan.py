@@ -267,3 +267,13 @@ def test_a_function_may_compute_with_complex_numbers() -> None:
     optimizer.step()
     for param in params:
         assert_close(param.grad, torch.full((3,), 4.0))
+
+
+def test_the_last_of_many_equal_tensors_can_be_alone_in_its_block() -> None:
+    params = [nn.Parameter(torch.zeros(64, 64)) for _ in range(2**21 // (4 * 64 * 64) + 1)]
+    optimizer = wrapped(params, pre=normalize(), param_ndim=1)
+    for number, param in enumerate(params):
+        set_grad(param, 1.0 + number)
+    optimizer.step()
+    for param in params:
+        assert_close(param.grad, torch.full((64, 64), 1 / 8))

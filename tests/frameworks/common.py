@@ -1,6 +1,8 @@
 """What every framework is tried with: a small problem, a chain in each slot, and the same step written by hand."""
 
+import doctest
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -155,3 +157,12 @@ def values(model: nn.Module) -> list[Tensor]:
 def assert_same(actual: Any, expected: Any) -> None:
     """Equal bit for bit, through dicts and lists."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def code_of(page: str) -> dict[str, Any]:
+    """Run the code of a page of ``docs``, and return the names that it defines."""
+    names: dict[str, Any] = {}
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    for example in doctest.DocTestParser().get_examples(text):
+        exec(compile(example.source, page, "single"), names)
+    return names

@@ -1,4 +1,4 @@
-"""``docs/parity.md`` lists all of optax, and names of ours and of torch that exist."""
+"""``docs/coming-from/optax.md`` lists all of optax, and names of ours and of torch that exist."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ import gradchain
 
 optax = pytest.importorskip("optax")
 
-TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
+TABLE = Path(__file__).parents[2] / "docs" / "coming-from" / "optax.md"
 CODE = re.compile(r"`([^`]+)`")
 
 

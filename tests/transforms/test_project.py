@@ -457,3 +457,19 @@ def test_ball_around_reference_keeps_its_centre_in_float32() -> None:
 def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "bounds", [(-1.0, tensor([0.0, 0.0, 4.0])), (tensor([0.0, -1.0, 0.0]), 1.0), (-T.abs(), T.abs())]
+)
+@pytest.mark.parametrize("slot", ["pre", "post"])
+def test_a_number_and_a_tensor_as_bounds(count: int, bounds: tuple[Any, Any], slot: str) -> None:
+    params = [nn.Parameter(T.clone()) for _ in range(count)]
+    for param in params:
+        param.grad = T.clone()
+    chains: Any = {slot: chain(gc.project_box(*bounds), lambda tensor, group: 2 * tensor)}
+    gc.ParamTransformingOptimizer(params, **chains, param_ndim=None, lr=0.0 if slot == "post" else 1.0).step()
+    expected = 2 * gc.project_box(*bounds)(T, {})
+    for param in params:
+        assert_close(param.data if slot == "post" else param.grad, expected)
