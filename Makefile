@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
 
-.PHONY: demo test fuzz lint bench docs docs-serve clean
+.PHONY: demo test fuzz lint bench scoreboard docs docs-serve clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
@@ -35,13 +35,19 @@ docs: $(VENV)/docs
 docs-serve: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
+scoreboard:
+	$(MAKE) .venv-frameworks/done VENV=.venv-frameworks EXTRAS=test,frameworks
+	.venv-frameworks/bin/python -m tests.frameworks.scoreboard
+
 clean:
 	rm -rf .venv .venv-frameworks build demo
 
-# The constraints hold for the build backend too, hence the variable and not -c.
+# The constraints hold for the build backend too, hence the variable and not -c. torchattacks pins an old requests, which
+# it does not import.
 $(VENV)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(if $(findstring frameworks,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torchattacks)
 	touch $@
 
 # Without its dependencies: what is compared needs neither torchvision nor torchmetrics.

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import (
+    TYPE_CHECKING,
     Any,
-    Literal,
-    ParamSpec,
-    Protocol,
-    TypeAlias,
     cast,
-    get_type_hints,
 )
 
 import torch
 from torch import Generator, Tensor
 
-from gradchain._ranges import as_number, validate
 from gradchain.contract import (
     ACTED,
     CONTEXT,
@@ -31,36 +24,14 @@ from gradchain.contract import (
     call_checked,
     is_same,
     is_state,
-    locate,
     notes,
-    show,
     show_value,
     widen,
 )
 from gradchain.stage import Each
 
-ActsOn: TypeAlias = Literal["unit", "tensor", "element"]
-"""What a function is written for: see ``transform``."""
-
-
-P = ParamSpec("P")
-
-
-class TransformFactory(Protocol[P]):
-    """What ``@transform`` makes of a function: called with the hyperparameters, it returns the transform."""
-
-    __name__: str
-    definition: Definition
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundTransform: ...
-
-    def check(self, function: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``function(**arguments)``, which raises where arguments in their ranges do not fit together."""
-        ...
-
-    def on_skip(self, function: Callable[..., None], /) -> Callable[..., None]:
-        """Register ``function(state, **arguments)``, called when the transform has called a step off; it may raise."""
-        ...
+if TYPE_CHECKING:
+    from gradchain.definition import ActsOn, Definition
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -357,121 +328,5 @@ class BoundTransform(Each):
 del BoundTransform.__dataclass_fields__
 
 
-def counted(factory: TransformFactory[P]) -> TransformFactory[P]:
-    """Declare that the function calls ``note_acting``."""
-    factory.definition.counts = True
-    return factory
-
-
 def _rebuild(factory: Any, arguments: dict[str, Any], *names: Any) -> BoundTransform:
     return BoundTransform(factory.definition, arguments, *names)
-
-
-class Definition:
-    """A decorated function, with everything that is known about it before it is called."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        init: Callable[..., State] | None,
-        start: Callable[..., Tensor] | None,
-        acts_on: ActsOn,
-        measure: Callable[..., Any] | None,
-        measures_shards: bool,
-        average: str | None,
-        skip: str | None,
-    ) -> None:
-        given = 2 if init is None or measure is not None else 3
-        try:
-            signature = inspect.signature(function)
-        except ValueError:  # as those of torch
-            raise TypeError(
-                f"@transform needs a Python function, got {show(function)}, which does not tell its signature; write "
-                f"def {show(function)}(tensor, group): ..."
-            ) from None
-        parameters = list(signature.parameters.values())
-        by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if (
-            len(parameters) < given
-            or not parameters[1].name.startswith(("group", "_"))
-            or any(p.kind not in by_keyword for p in parameters[given:])
-        ):
-            first = ("tensor, group", "tensor, group, state")[given - 2]
-            raise TypeError(
-                f"{show(function)} must be a function of ({first}), hyperparameters that can be given by keyword, "
-                f"and options after *; got {signature}"
-            )
-        parameters = parameters[given:]
-        self.function = function
-        self.init = init
-        self.start = start
-        self.acts_on: ActsOn = acts_on
-        self.measure = measure
-        self.measures_shards = measures_shards
-        self.average = average
-        self.skip = skip
-        self.measures_group = measure is not None and "group" in inspect.signature(measure).parameters
-        self.counts = False
-        self.name = function.__name__
-        self.signature = inspect.Signature(parameters, return_annotation=BoundTransform)
-        self.hyperparameters = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
-        self.check: Callable[..., None] = lambda **arguments: None
-        self.after_skip: Callable[..., None] = lambda state, **arguments: None
-        self.factory = self._make_factory()
-        self._hints: dict[str, Any] | None = None
-
-    def _make_factory(self) -> TransformFactory[...]:
-        @functools.wraps(self.function)
-        def factory(*args: Any, **kwargs: Any) -> BoundTransform:
-            try:
-                call = self.signature.bind(*args, **kwargs)
-            except TypeError as error:
-                locate(error, self.name)
-                raise
-            call.apply_defaults()
-            arguments = {name: as_number(value) for name, value in call.arguments.items()}
-            self.validate(arguments, self.name, {})
-            return BoundTransform(self, arguments, self.name)
-
-        def register_check(check: Callable[..., None]) -> Callable[..., None]:
-            self.check = check
-            return check
-
-        def register_after_skip(after_skip: Callable[..., None]) -> Callable[..., None]:
-            self.after_skip = after_skip
-            return after_skip
-
-        factory.__signature__ = self.signature  # type: ignore[attr-defined]
-        factory.check = register_check  # type: ignore[attr-defined]
-        factory.on_skip = register_after_skip  # type: ignore[attr-defined]
-        factory.definition = self  # type: ignore[attr-defined]
-        return cast("TransformFactory[...]", factory)
-
-    def read_annotations(self) -> None:
-        """Do what has to wait for the first call, since annotations may name what is defined later."""
-        if self._hints is None:
-            self._hints = get_type_hints(self.function, include_extras=True)
-
-    def validate(
-        self, arguments: Mapping[str, Any], prefix: str, keys: Mapping[str, str], *, read_tensors: bool = True
-    ) -> None:
-        """Raise where an argument has the wrong type, is out of range, or does not fit the others.
-
-        Errors call a parameter by its key, ``"<prefix>.<parameter>"`` where there is none in ``keys``.
-        """
-        self.read_annotations()
-        assert self._hints is not None
-        unread = {
-            name
-            for name, value in arguments.items()
-            if (value is FROM_GROUP and name in self.hyperparameters)
-            or (isinstance(value, Tensor) and not read_tensors)
-        }
-        for name in arguments.keys() - unread:
-            validate(keys.get(name, f"{prefix}.{name}"), self._hints.get(name, Any), arguments[name])
-        try:
-            if not unread:
-                self.check(**arguments)
-        except (TypeError, ValueError) as error:
-            locate(error, prefix)
-            raise

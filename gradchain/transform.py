@@ -12,11 +12,11 @@ from typing import (
 
 from torch import Tensor
 
-from gradchain.bound import ActsOn, Definition, TransformFactory
 from gradchain.contract import (
     Group,
     State,
 )
+from gradchain.definition import ActsOn, Definition, TransformFactory
 
 P = ParamSpec("P")
 

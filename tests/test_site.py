@@ -9,8 +9,9 @@ from docs.generate import pages, pictures
 from docs.generate.catalogue import CAPTIONS, CATALOGUE, FAMILIES
 from docs.generate.check import check
 from docs.generate.names import ROOT, prose, public_names
+from gradchain import testing
 
-NAMES = [*gradchain.__all__, "check_transform", "check_projection", "integrations.lightning"]
+NAMES = [*gradchain.__all__, *testing.__all__, "integrations.lightning"]
 PAGES = pages.pages()
 
 

@@ -1,13 +1,14 @@
 """``check_transform`` and ``check_projection``: each law catches what breaks it, by its smallest input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gradchain import Group, broadcast, chain, normalize, scale
-from gradchain.testing import check_projection, check_transform
+from gradchain import Group, broadcast, chain, clamp, normalize, scale
+from gradchain.testing import check_projection, check_transform, parametrize_with_laws
 
 calls = 0
 
@@ -92,3 +93,41 @@ def test_unknown_law() -> None:
 def test_projection_law_catches(law: str, broken: Any) -> None:
     with pytest.raises(AssertionError, match=f'breaks the law "{law}"\n  input: '):
         check_projection(broken, lambda x: bool((x.abs() <= 1).all()))
+
+
+def test_parametrize_with_laws_makes_a_test_of_each_law() -> None:
+    half = lambda tensor, group: tensor / 2  # noqa: E731
+    mark = parametrize_with_laws([normalize(), half], expected_failed=lambda t: {"copies": "why"} if t is half else {})
+    name, params = mark.args
+    assert name == "law"
+    assert [param.id for param in params[:2]] == ["normalize()-pure", "normalize()-keeps_form"]
+    assert {param.id: param.marks[0].kwargs["reason"] for param in params if param.marks} == {"<lambda>-copies": "why"}
+    for param in params:
+        (law,) = param.values
+        if param.marks:
+            with pytest.raises(AssertionError, match='<lambda> breaks the law "copies"'):
+                law()
+        elif not param.id.endswith("compiles"):
+            law()
+
+
+def test_parametrize_with_laws_passes_options_on() -> None:
+    seen = set()
+
+    def spy(tensor: Tensor, group: Group) -> Tensor:
+        seen.add((tuple(tensor.shape), group["rate"]))
+        return tensor
+
+    for param in parametrize_with_laws([spy], shapes=[(3,)], group={"rate": 2}).args[1][:3]:
+        param.values[0]()
+    assert seen == {((3,), 2)}
+
+
+def test_parametrize_with_laws_refuses_unknown_laws() -> None:
+    with pytest.raises(ValueError, match=r"expected_failed of normalize.* names the laws .*, got \['copys'\]"):
+        parametrize_with_laws([normalize()], expected_failed={"copys": "a lambda"})
+
+
+@parametrize_with_laws([clamp(-1, 1)], check_projection, contains=lambda x: bool((x.abs() <= 1).all()))
+def test_laws_of_projections(law: Callable[[], None]) -> None:
+    law()

@@ -32,7 +32,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"How do I ...?": _folder("how-to", "How do I ")},
         *pages.navigation(),
         {"Coming from": _folder("coming-from", "Coming from ")},
-        {"About": ["environments.md", "benchmarks.md", "limits.md", "changelog.md"]},
+        {"About": ["environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]},
     ]
     return config
 

@@ -20,6 +20,8 @@ ACTS_ON = {
     "theirs": "what the transforms in it act on",
 }
 OTHERS = "Others"
+OPTAX = "coming-from/optax.md"
+"""The table of the names of optax."""
 
 
 def transforms() -> dict[str, Row]:
@@ -98,16 +100,16 @@ def has_state(name: str) -> bool:
 
 
 def elsewhere(name: str) -> dict[str, str]:
-    """The names of optax for it, by ``docs/coming-from/optax.md``."""
+    """The names of optax for it."""
     found = []
-    for line in (ROOT / "docs" / "coming-from" / "optax.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / OPTAX).read_text(encoding="utf-8").splitlines():
         if line.startswith("| `"):
             theirs, ours = (cell.strip() for cell in line.split("|")[1:3])
             for code in re.findall("`([^`]+)`", ours):
                 tree = ast.parse(code, mode="eval").body
                 if name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
                     found.append(theirs if isinstance(tree, ast.Name) else f"{theirs}, which is `{code}`")
-    return {"In [optax](../coming-from/optax.md)": "; ".join(found)} if found else {}
+    return {f"In [optax](../{OPTAX})": "; ".join(found)} if found else {}
 
 
 def laws(name: str) -> str:

@@ -41,6 +41,12 @@ from gradchain.engine.states import SLOTS, ParamTable, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
 
 
+def _of_inner(name: str, doc: str) -> Any:
+    return property(
+        lambda self: getattr(self.inner_opt, name), lambda self, value: setattr(self.inner_opt, name, value), doc=doc
+    )
+
+
 class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     r"""Transform gradients before each step of an inner optimizer, its updates, and parameters after it.
 
@@ -148,6 +154,9 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     """
 
     inner_opt: Optimizer
+    param_groups = _of_inner("param_groups", "The param groups of the inner optimizer.")
+    state = _of_inner("state", "The state of the inner optimizer.")
+    defaults = _of_inner("defaults", "The defaults of the inner optimizer, with the keys of this one.")
     pre: Chain
     update: Chain
     post: Chain
@@ -215,33 +224,6 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
             self._engine.adopt(loaded)
             self._engine.synced_states()
         self._engine.begin()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The param groups of the inner optimizer."""
-        return self.inner_opt.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.inner_opt.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The state of the inner optimizer."""
-        return self.inner_opt.state
-
-    @state.setter
-    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.inner_opt.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the inner optimizer, with the keys of this one."""
-        return self.inner_opt.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.inner_opt.defaults = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SLOTS and hasattr(self, "_engine"):

@@ -10,13 +10,14 @@ from typing import Any, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradchain._keys import merge_hyperparameters, number_keys
 from gradchain._ranges import as_number
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
 from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate
 from gradchain.engine.combined import defaults_of_any, name_of
-from gradchain.stage import merge_hyperparameters, number_keys, require_transform
+from gradchain.stage import require_transform
 
 ATTACHED = "_gradchain_attached"
 """The attribute by which an optimizer knows what is attached to it."""

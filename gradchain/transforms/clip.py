@@ -7,8 +7,8 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradchain._norms import norm
-from gradchain.bound import counted
 from gradchain.contract import Group
+from gradchain.definition import counted
 from gradchain.transform import transform
 from gradchain.transforms._numerics import shorten
 

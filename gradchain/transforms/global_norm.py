@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradchain._norms import norm, norms
 from gradchain._sharding import by_kind, collect, is_distributed, local
-from gradchain.bound import counted
 from gradchain.contract import Group
+from gradchain.definition import counted
 from gradchain.transform import transform
 from gradchain.transforms._numerics import floor, shorten
 

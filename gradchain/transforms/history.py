@@ -13,8 +13,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from gradchain.bound import counted
 from gradchain.contract import Group, State
+from gradchain.definition import counted
 from gradchain.transform import transform
 from gradchain.transforms._numerics import shrinkage
 from gradchain.transforms.global_norm import measure_global_norm

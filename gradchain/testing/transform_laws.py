@@ -1,4 +1,4 @@
-"""The laws that transforms keep, as tests for your transforms and ours: ``check_transform``, ``check_projection``."""
+"""The laws of transforms and of projections: ``check_transform`` and ``check_projection``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from gradchain.chain import chain
 from gradchain.contract import CONTEXT, FROM_GROUP, Group, Transform, show
 from gradchain.stage import as_stage, require_transform
 
-__all__ = ["check_projection", "check_transform"]
-
 SHAPES = ((), (0,), (1,), (3,), (0, 3), (2, 3), (2, 3, 2), (2, 3, 2, 2))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PROJECTION_LAWS = ("inside", "idempotent", "nearest")
 
 Law: TypeAlias = Callable[[Transform, Tensor, Group], bool | None]
 """Raises where it is broken; True says that it need not be tried on more samples."""
@@ -81,7 +80,7 @@ def check_transform(
     """
     transform = _FirstStep(transform) if as_stage(require_transform(transform, "transform")).stateful else transform
     samples = [sample for shape in sorted(shapes, key=_size) for dtype in dtypes for sample in _samples(shape, dtype)]
-    _check(_LAWS, transform, samples, group or {}, skip)
+    _check(LAWS, transform, samples, group or {}, skip)
 
 
 def check_projection(
@@ -132,7 +131,7 @@ def check_projection(
                     f"{other!r}, at the distance {other_distance:.6g}, is nearer than {projected!r}, at {distance:.6g}"
                 )
 
-    laws: dict[str, Law] = {"inside": inside, "idempotent": _idempotent, "nearest": nearest}
+    laws: dict[str, Law] = dict(zip(PROJECTION_LAWS, (inside, _idempotent, nearest), strict=True))
     samples = [sample for shape in sorted(shapes, key=_size) for sample in _samples(shape, torch.float64)]
     _check(laws, transform, [sample for sample in samples if sample.numel()], group or {}, skip)
 
@@ -362,7 +361,7 @@ def _assert_same(actual: Tensor, expected: Tensor, message: str, **tolerance: An
     assert_close(actual, expected, equal_nan=True, msg=explain, **tolerance)
 
 
-_LAWS: dict[str, Law] = {
+LAWS: dict[str, Law] = {
     "pure": _pure,
     "keeps_form": _keeps_form,
     "deterministic": _deterministic,
