@@ -53,7 +53,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
     """Render formulas, and link names of the interface, in code, to their pages."""
     html = re.sub(r'<(div|span) class="arithmatex">\\[\[(](.+?)\\[\])]</\1>', _formula, html, flags=re.DOTALL)
     names = "|".join(map(re.escape, public_names()))
-    code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
+    code = rf"<code>(?:gradchain\.)?(?:testing\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
     skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
     if page.file.src_uri.startswith("coming-from"):
         skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
