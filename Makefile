@@ -6,8 +6,10 @@ TESTS ?= --ignore=tests/frameworks
 WORKERS ?= 2
 SEED ?= 0
 COUNT ?= 1000
+CONSTRAINTS ?= constraints.txt
+INSTALL = PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test fuzz lint bench scoreboard docs docs-serve clean
+.PHONY: demo test test-torch coverage fuzz lint format bench scoreboard docs docs-serve dist clean
 
 demo: $(VENV)/done
 	$(BIN)/python examples/quickstart.py --output demo/quickstart.png
@@ -15,6 +17,15 @@ demo: $(VENV)/done
 # Each worker has one thread, since more would wait for each other.
 test: $(VENV)/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
+
+# The tests with another torch, TORCH=2.6.0, in an environment of its own. Some pin the sympy that they need.
+test-torch:
+	mkdir -p .venv-torch-$(TORCH)
+	sed '/^sympy==/d; s/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv-torch-$(TORCH)/constraints.txt
+	$(MAKE) test VENV=.venv-torch-$(TORCH) CONSTRAINTS=.venv-torch-$(TORCH)/constraints.txt
+
+coverage: $(VENV)/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov $(TESTS)
 
 fuzz: $(VENV)/done
 	$(BIN)/python -W error -m tests.differential $(SEED) $(COUNT)
@@ -24,6 +35,10 @@ lint: $(VENV)/done
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright
+
+format: $(VENV)/done
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks --page docs/benchmarks.md
@@ -39,23 +54,26 @@ scoreboard:
 	$(MAKE) .venv-frameworks/done VENV=.venv-frameworks EXTRAS=test,frameworks
 	.venv-frameworks/bin/python -m tests.frameworks.scoreboard
 
+dist: $(VENV)/dist
+	VENV=$(VENV) .ci/dist
+
 clean:
-	rm -rf .venv .venv-frameworks build demo
+	rm -rf .venv .venv-* build demo dist
 
 # The constraints hold for the build backend too, hence the variable and not -c. torchattacks pins an old requests, which
 # it does not import.
 $(VENV)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
-	$(if $(findstring frameworks,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torchattacks)
+	$(INSTALL) --editable '.[$(EXTRAS)]'
+	$(if $(findstring frameworks,$(EXTRAS)),$(INSTALL) --no-deps torchattacks)
 	touch $@
 
 # Without its dependencies: what is compared needs neither torchvision nor torchmetrics.
 $(VENV)/bench: $(VENV)/done
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[bench]'
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-deps rai-toolbox
+	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) --no-deps rai-toolbox
 	touch $@
 
-$(VENV)/docs: $(VENV)/done
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
+$(VENV)/coverage $(VENV)/dist $(VENV)/docs: $(VENV)/done
+	$(INSTALL) --editable '.[$(@F)]'
 	touch $@

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -217,8 +216,11 @@ class BoundTransform(Each):
         arguments = {**self._read(group), "group": group} if self.definition.measures_group else self._read(group)
         if not self.shares_state:
             return self.definition.measure(tensors, **arguments), state
-        with self._explaining_keys_of(state):
+        try:
             view, new_state = self.definition.measure(tensors, state, **arguments)
+        except KeyError as error:
+            self._require_key_of(state, error)
+            raise
         return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -232,8 +234,11 @@ class BoundTransform(Each):
             nonlocal new_state
             if not self.stateful or self.shares_state:
                 return cast("Tensor", function(wide, wide_group, **arguments))
-            with self._explaining_keys_of(state):
+            try:
                 result = function(wide, wide_group, state, **arguments)
+            except KeyError as error:
+                self._require_key_of(state, error)
+                raise
             if not (isinstance(result, tuple) and len(result) == 2 and is_state(result[1])):
                 raise TypeError(f"{self!r} must return (tensor, state), got {type(result).__name__}")
             if not torch.compiler.is_compiling() and result[1].keys() != state.keys():
@@ -266,13 +271,9 @@ class BoundTransform(Each):
             for name, value in arguments.items()
         }
 
-    @contextmanager
-    def _explaining_keys_of(self, state: State) -> Iterator[None]:
-        try:
-            yield
-        except KeyError as error:
-            if state or not error.args or error.args[0] in CONTEXT:
-                raise
+    def _require_key_of(self, state: State, error: KeyError) -> None:
+        """Raise where ``error`` is for lack of a key of ``state``; not a ``with``, which torch 2.6 cannot compile."""
+        if not state and error.args and error.args[0] not in CONTEXT:
             raise ValueError(
                 f"{self!r}: the state has no {error.args[0]!r}; it comes from state = t.init(tensor, group), "
                 "or from the step before"

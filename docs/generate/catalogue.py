@@ -14,7 +14,7 @@ class Row:
         slots: The slots that it is for, the usual one first.
         kind: The kind of its picture, a function of ``pictures.py``; "" for none.
         shown: What the picture shows, one panel each: expressions that the kind evaluates.
-        elsewhere: Its names in other libraries than optax, whose names are in a table of their own.
+        elsewhere: Its names in other libraries than optax, whose names are in ``docs/coming-from/optax.md``.
         acts_on: A key of ``pages.ACTS_ON``, where there is no definition by ``@transform`` that says so.
         has_state: Whether it has a state, where there is no such definition.
     """

@@ -25,11 +25,15 @@ from docs.generate.names import ROOT, public_names
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Make the navigation, of the files that there are and of those that are generated."""
-    recipes = _folder("How do I ...?", "how-to", "How do I ")
-    coming_from = _folder("Coming from", "coming-from", "Coming from ")
-    guide = {"Guide": [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]}
-    about = ["how-it-works.md", "environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]
-    config.nav = [{"Home": "index.md"}, guide, *recipes, *pages.navigation(), *coming_from, {"About": about}]
+    guide = [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]
+    config.nav = [
+        {"Home": "index.md"},
+        {"Guide": [*guide, "how-it-works.md"]},
+        {"How do I ...?": _folder("how-to", "How do I ")},
+        *pages.navigation(),
+        {"Coming from": _folder("coming-from", "Coming from ")},
+        {"About": ["environments.md", "benchmarks.md", "scoreboard.md", "limits.md", "changelog.md"]},
+    ]
     return config
 
 
@@ -49,7 +53,7 @@ def on_page_content(html: str, *, page: Page, **_: Any) -> str:
     """Render formulas, and link names of the interface, in code, to their pages."""
     html = re.sub(r'<(div|span) class="arithmatex">\\[\[(](.+?)\\[\])]</\1>', _formula, html, flags=re.DOTALL)
     names = "|".join(map(re.escape, public_names()))
-    code = rf"<code>(?:gradchain\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
+    code = rf"<code>(?:gradchain\.)?(?:testing\.)?(?P<name>{names})(?:\([^<]*\))?</code>"
     skipped = r"<(?P<tag>a|pre|h\d|svg|math)\b.*?</(?P=tag)>"
     if page.file.src_uri.startswith("coming-from"):
         skipped += r"|<tr>\s*<td>.*?</td>"  # names of others, which can be ours too
@@ -74,18 +78,15 @@ def on_post_build(config: MkDocsConfig) -> None:
     check(Path(config.site_dir))
 
 
-def _folder(section: str, folder: str, prefix: str) -> list[dict[str, Any]]:
-    """The navigation of the pages of a folder, in the order of its list, without what all titles begin with."""
-    paths = list((ROOT / "docs" / folder).glob("*.md"))
-    contents = {path.name: path.read_text(encoding="utf-8") for path in paths}
-    listed = re.findall(r"\((\S+\.md)\)", contents.pop("index.md", ""))
-    order = sorted(contents, key=lambda name: (listed.index(name) if name in listed else len(listed), name))
-    titles = [re.findall("^# (.+)$", contents[name], flags=re.MULTILINE)[0].removeprefix(prefix) for name in order]
-    pages: list[Any] = [
-        {(title[0].upper() + title[1:].removesuffix("?")).replace("`", ""): f"{folder}/{name}"}
-        for title, name in zip(titles, order, strict=True)
-    ]
-    return [{section: [f"{folder}/index.md"] * (len(paths) > len(pages)) + pages}] if paths else []
+def _folder(folder: str, prefix: str) -> list[Any]:
+    """The pages of a folder in the order of its list, with their titles without what all of them begin with."""
+    contents = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / folder).glob("*.md")}
+    listed = re.findall(r"\((\S+\.md)\)", contents.pop("index.md"))
+    found: list[Any] = [f"{folder}/index.md"]
+    for name in sorted(contents, key=lambda name: (listed.index(name) if name in listed else len(listed), name)):
+        title = re.findall("^# (.+)$", contents[name], flags=re.MULTILINE)[0].removeprefix(prefix).removesuffix("?")
+        found.append({(title[0].upper() + title[1:]).replace("`", ""): f"{folder}/{name}"})
+    return found
 
 
 def _formula(match: re.Match[str]) -> str:

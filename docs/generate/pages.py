@@ -107,7 +107,8 @@ def elsewhere(name: str) -> dict[str, str]:
             theirs, ours = (cell.strip() for cell in line.split("|")[1:3])
             for code in re.findall("`([^`]+)`", ours):
                 tree = ast.parse(code, mode="eval").body
-                if name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+                calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+                if name in {ast.unparse(each) for each in calls or [tree]}:
                     found.append(theirs if isinstance(tree, ast.Name) else f"{theirs}, which is `{code}`")
     return {f"In [optax](../{OPTAX})": "; ".join(found)} if found else {}
 

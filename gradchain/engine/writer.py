@@ -235,10 +235,11 @@ class Writer(Values):
                 self.kinds[result], self.names[result] = Kind.EACH, self._new_name(name)
                 self.lines.append(f"{self.names[result]} = torch._foreach_{name}({', '.join([*texts, *extra])})")
                 return
+        has_one_order = not options and len(arguments) <= 2 and all(kind is Kind.NUMBER for _, kind in arguments[1:])
         if name == "clamp" and first_is_list and not options:
             shared = [f"[{text}] * len({texts[0]})" if kind is Kind.SHARED else text for text, kind in arguments[1:]]
             self._write_clamp(index, call, [texts[0], *shared])
-        elif name == "norm" and first_is_list and self._shape(result) == () and not options and len(arguments) <= 2:
+        elif name == "norm" and first_is_list and self._shape(result) == () and has_one_order:
             function = "norms" if self._has_long_norms(index) else "torch._foreach_norm"
             self._assign(call, f"{function}({', '.join(texts)})", Kind.EACH)
         elif name == "zeros_like" and (spare := self._spare_for_zeros(index, call)) is not None:
@@ -331,7 +332,8 @@ class Writer(Values):
         if len(names) > 1 and is_list:
             expression = f"zip(*{expression})"
         elif is_list and self.stacks and self._shape(call.results[0]) == ():
-            self.kinds[call.results[0]] = Kind.STACK
+            stacked = call.results[0]
+            self.kinds[stacked], self.memory[stacked] = Kind.STACK, stacked  # a copy, and no view any more
             expression = f"torch.stack({expression})"
         self.lines.append(f"{', '.join(names)} = {expression}")
 

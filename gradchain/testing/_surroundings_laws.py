@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gradchain._sharding import SHARDS_SINCE
 from gradchain.engine.combined import needs_closure
 from gradchain.testing._problem import InapplicableError, Make, Problem, Shapes, go, run, same
 
@@ -168,6 +169,8 @@ def _mesh_of_one() -> Iterator[Any]:
 def dtensor(make: Make, shapes: Shapes) -> None:
     if not torch.distributed.is_available():
         raise InapplicableError("torch has no distributed package")
+    if torch.__version__ < SHARDS_SINCE:
+        raise InapplicableError(f"before torch {SHARDS_SINCE}, DTensor computes wrong numbers")
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     expected, problem = run(make, Problem(shapes)), Problem(shapes)

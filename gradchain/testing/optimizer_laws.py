@@ -44,7 +44,7 @@ def check_optimizer(make: Make, *, shapes: Shapes = ((4, 3), (3,)), skip: Collec
 
     A law is not tried where the optimizer lacks what it is about: where ``step`` needs a closure, ``grad_scaler`` and
     ``distributed_state``; where the groups have no ``foreach``, that law; where torch has no distributed package, those
-    that need it. All laws together take about a second.
+    that need it; ``dtensor`` needs torch 2.12 or later. All laws together take about a second.
 
     Args:
         make: The type of an optimizer, or any function of parameters that makes one. The parameters come in all forms

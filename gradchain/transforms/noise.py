@@ -43,8 +43,9 @@ def _draw_from(sampler: str, saved: Tensor, size: Sequence[int], dtype: torch.dt
     return sample(size, generator=generator, dtype=dtype), generator.get_state()
 
 
-# A graph has no generators, but it can call an operator that has.
-_draw_in_a_graph = torch.library.custom_op("gradchain::draw", _draw_from, mutates_args=())
+# A graph has no generators, but it can call an operator that has. Torch 2.6 cannot infer the schema from Sequence.
+_SCHEMA = "(str sampler, Tensor saved, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)"
+_draw_in_a_graph = torch.library.custom_op("gradchain::draw", _draw_from, mutates_args=(), schema=_SCHEMA)
 
 
 @_draw_in_a_graph.register_fake

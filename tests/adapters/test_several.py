@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
 
 from gradchain import (
@@ -31,6 +31,9 @@ from gradchain import (
     step_in_backward,
 )
 from tests.adapters.common import CHAINS, INNER, WITHOUT_CLOSURE, assert_equal, backward, make_params, train, wrapped
+from tests.versions import Muon, needs_muon
+
+pytestmark = needs_muon
 
 MUON_AND_ADAMW: dict[Any, Any] = {"*.weight": partial(Muon, lr=0.02), "*": partial(AdamW, lr=3e-4)}
 

@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import Processes
 from tests.nano_gpt import LARGEST_DIFFERENCE, config_of, losses_of, run_nano_gpt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,9 +31,20 @@ def test_distributed() -> None:
     assert float(accuracy[1]) > 95
 
 
-@pytest.mark.parametrize("hidden", LARGEST_DIFFERENCE)
-def test_nano_gpt(hidden: str, tmp_path: Path) -> None:
-    config = config_of(hidden, tmp_path)
+def test_nano_gpt(tmp_path: Path) -> None:
+    config = config_of("Muon", tmp_path)
     whole = losses_of(run_nano_gpt(["nano_gpt.py"], config))
     sharded = losses_of(run_nano_gpt([*IN_TWO, "nano_gpt.py"], config))
-    assert sharded == pytest.approx(whole, rel=0, abs=LARGEST_DIFFERENCE[hidden])
+    assert sharded == pytest.approx(whole, rel=0, abs=LARGEST_DIFFERENCE["Muon"])
+
+
+def train_nano_gpt(config: Path) -> list[float]:
+    module = runpy.run_path(str(EXAMPLES / "nano_gpt.py"))
+    losses: list[float] = module["Run"](config).train(range(12))
+    return losses
+
+
+def test_nano_gpt_in_float32(processes: Processes, tmp_path: Path) -> None:
+    config = config_of("AdamW", tmp_path)
+    first, second = processes.run(2, train_nano_gpt, config)
+    assert first == second == pytest.approx(train_nano_gpt(config), rel=0, abs=LARGEST_DIFFERENCE["AdamW"])

@@ -12,12 +12,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.optim import SGD, AdamW, Muon
+from torch.optim import SGD, AdamW
 
 import gradchain as gc
 from gradchain import ParamTransformingOptimizer, chain
 from tests.distributed.common import BATCHES
 from tests.distributed.processes import Processes, join, parts
+from tests.versions import Muon
 
 MUON, MOMENTUM = partial(Muon, lr=0.02), partial(SGD, lr=0.1, momentum=0.9)
 

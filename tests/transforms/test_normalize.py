@@ -10,6 +10,7 @@ from torch import Tensor, tensor
 from torch.linalg import vector_norm
 from torch.testing import assert_close
 
+import gradchain as gc
 from gradchain import Group, Transform, broadcast, centralize, normalize, standardize
 from tests.strategies import tensors
 
@@ -123,3 +124,14 @@ def test_tiny_gradients_stay_short(transform: Transform, value: float) -> None:
 def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_norms_of_two_orders_in_one_program() -> None:
+    params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2)]
+    kinds = gc.partition({"a": gc.normalize(inf), "b": gc.lmo_l2()})
+    named = zip("ab", params, strict=True)
+    optimizer = gc.ParamTransformingOptimizer(named, post=gc.chain(kinds), param_ndim=None, lr=1.0)
+    for _ in range(2):
+        optimizer.step()
+    assert_close(params[0].data, torch.tensor([0.75, 1.0]))
+    assert_close(params[1].data, torch.tensor([0.6, 0.8]))

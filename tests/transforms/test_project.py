@@ -473,3 +473,13 @@ def test_a_number_and_a_tensor_as_bounds(count: int, bounds: tuple[Any, Any], sl
     expected = 2 * gc.project_box(*bounds)(T, {})
     for param in params:
         assert_close(param.data if slot == "post" else param.grad, expected)
+
+
+def test_several_without_dimensions_after_a_state() -> None:
+    """Where what is written back is a view of the tensor by its operation, and a stack in the program."""
+    params = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(())
+    pre = chain(gc.ema(0.5, debias=False), gc.normalize(), gc.project_l1_ball(0.25))
+    gc.ParamTransformingOptimizer(params, pre=pre, param_ndim=0, lr=1.0).step()
+    assert [param.item() for param in params] == [-0.25, -0.25]

@@ -1,0 +1,13 @@
+"""What only newer versions of torch have, and older ones are tested without."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from gradchain._sharding import SHARDS_SINCE
+
+Muon: Any = getattr(torch.optim, "Muon", Optimizer)  # where there is none, what uses it is skipped
+needs_muon = pytest.mark.skipif(torch.__version__ < "2.9", reason="torch.optim.Muon came with torch 2.9")
+needs_shards = pytest.mark.skipif(torch.__version__ < SHARDS_SINCE, reason=f"DTensor is refused before {SHARDS_SINCE}")
