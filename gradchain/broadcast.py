@@ -143,7 +143,7 @@ class Broadcast(Each):
                 )
 
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
-            return self.stage.act(sub_tensor, group | sub_context, sub_state)
+            return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
 
         inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
         try:
