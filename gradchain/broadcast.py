@@ -122,7 +122,7 @@ class Broadcast(Each):
             return self.stage.begin(tensor, group)
 
         def begin(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.begin(sub_tensor, group | sub_context)
+            return self.stage.begin(sub_tensor, {**group, **sub_context})
 
         state: State = self._map(begin, tensor, group)(tensor, _context(group))
         return state
