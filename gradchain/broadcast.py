@@ -122,7 +122,7 @@ class Broadcast(Each):
             return self.stage.begin(tensor, group)
 
         def begin(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.begin(sub_tensor, group | sub_context)
+            return self.stage.begin(sub_tensor, {**group, **sub_context})
 
         state: State = self._map(begin, tensor, group)(tensor, _context(group))
         return state
@@ -143,7 +143,7 @@ class Broadcast(Each):
                 )
 
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
-            return self.stage.act(sub_tensor, group | sub_context, sub_state)
+            return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
 
         inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
         try:

@@ -60,7 +60,7 @@ class Chain(Combinator, Sequence[Transform]):
         """The first states of the stateful members. Their keys begin with the names of the members."""
         state: State = {}
         for index in self.keys:
-            state |= beneath(self.stages[index].init(tensor, group), self.path(index))
+            state.update(beneath(self.stages[index].init(tensor, group), self.path(index)))
         return state
 
     def run(
@@ -89,7 +89,7 @@ class Chain(Combinator, Sequence[Transform]):
                 locate(error, self.place(index))
                 raise
             for new_state, stage_state in zip(new_states, stage_states, strict=True):
-                new_state |= beneath(stage_state, path)
+                new_state.update(beneath(stage_state, path))
             yield tensors
 
     def split(

@@ -87,7 +87,8 @@ def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     dtype = compute_dtype(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor, group
-    return tensor.to(dtype), group | {key: group[key].to(dtype) for key in CONTEXT if key in group}
+    # Not group | ...: torch 2.6 cannot compile the union of dicts.
+    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
 
 
 def require_signature(function: Callable[..., Any], place: str) -> None:

@@ -202,7 +202,7 @@ class Each(Stage):
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
-                result, new_state = self.act(tensor, group | view, state)
+                result, new_state = self.act(tensor, {**group, **view}, state)
             except Exception as error:
                 if PLACE in group:
                     locate(error, group[PLACE])

@@ -4,12 +4,14 @@ After a change of a notebook, ``python -m tests.test_notebooks`` executes all of
 """
 
 import base64
+import inspect
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from torch.optim import Adam
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -53,6 +55,8 @@ def numbers(text: str) -> list[float]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path.stem == "wrap_an_optimizer" and "decoupled_weight_decay" not in inspect.signature(Adam).parameters:
+        pytest.skip("Adam of this torch prints fewer values")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
     for folder in ("IPYTHONDIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(folder, str(tmp_path / folder))

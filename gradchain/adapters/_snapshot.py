@@ -6,7 +6,7 @@ import functools
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -40,8 +40,10 @@ def preserved(roots: Iterable[object], *, apart: Iterable[object] = ()) -> Itera
     snapshot = _Snapshot(apart)
     snapshot.take(roots)
     try:
-        # Autograd would take a parameter with its old value for a changed one.
-        with _unsafe_preserve_version_counter(tuple(snapshot.tensors)):
+        with ExitStack() as versions:
+            # Autograd would take a parameter with its old value for a changed one. Torch 2.6 takes them one by one.
+            for tensor in snapshot.tensors:
+                versions.enter_context(_unsafe_preserve_version_counter(tensor))
             try:
                 snapshot.hide_hooks()
                 yield

@@ -119,7 +119,7 @@ def apply(
     for path in inputs:
         if states[path] is None:
             raise ValueError(f"{leaves[path].place()} has None for a state; init_state needs a tensor in its place")
-    groups = [leaves[path].group | {PLACE: leaves[path].place()} for path in inputs]
+    groups = [{**leaves[path].group, PLACE: leaves[path].place()} for path in inputs]
     results, new_states = stage.run(list(inputs.values()), groups, [states[path] for path in inputs])
     outputs: dict[Path, Tensor | None] = dict.fromkeys(leaves)
     for path, result, new_state in zip(inputs, results, new_states, strict=True):

@@ -48,7 +48,7 @@ class Jointly(Operation):
             context = {key: see(work.context[key][number]).detach() for key in keys}
             # Masks in it read the parameter in ``post`` too, and that of what takes no part.
             param = tensors[-1] if item.is_transformed else item.param.detach()
-            groups.append(item.full_group | {PLACE: item.place, "param": param} | context)
+            groups.append({**item.full_group(), PLACE: item.place, "param": param, **context})
             states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})
         try:
             results, new_states = self.part.stage.run(tensors, groups, states)

@@ -50,7 +50,6 @@ class SlotTensor(NamedTuple):
     counts: State | None = None
     """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
 
-    @property
     def full_group(self) -> Group:
         """The group, with the keys of the parameter and the signals."""
         return {**self.group, **self.own_keys, **self.signals}
@@ -216,9 +215,9 @@ class AsItIs(Operation):
         context = {key: see(work.context[key][number]).detach() for key in self.context_of(number)}
         states = part.states_of(item.states) if part.stage.stateful and not part.stage.shares_state else {}
         state = {key: see(value) for key, value in states.items()}
-        group = item.full_group | work.views.get(part.path, {}) | seen_by(part.stage, tensor, context)
+        group = {**item.full_group(), **work.views.get(part.path, {}), **seen_by(part.stage, tensor, context)}
         counts = item.counts_of(part)
-        result, new_state = part.stage.act(tensor, group | {ACTED: True} if counts else group, state)
+        result, new_state = part.stage.act(tensor, {**group, ACTED: True} if counts else group, state)
         if counts:
             put_states(counts, count_units(counts, new_state))
         if states:
@@ -287,7 +286,7 @@ class Measure(Operation):
         tensors = [whole_without_data(self.items[i].example) for i in self.acting]
         state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
-            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
+            view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group(), state)
         except Exception:  # it needs the data, so what comes after it runs as it is
             return False
         self.view.update(view)
@@ -300,7 +299,7 @@ class Measure(Operation):
         old = self.states[0] if self.states else {}
         state = {key: see(value) for key, value in old.items()}
         try:
-            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group, state)
+            view, new_state = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group(), state)
         except Exception as error:
             located(error, self.slot, self.part)
             raise

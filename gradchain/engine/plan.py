@@ -206,7 +206,7 @@ def _states(part: Part, item: SlotTensor) -> Collection[Any]:
 
 def _has_units_of(part: Part, item: SlotTensor) -> bool:
     """Whether each process has whole units of a distributed tensor, and the states that belong to them."""
-    form, unit_ndim = item.example, part.stage.unit_ndim(item.example.ndim, item.full_group)
+    form, unit_ndim = item.example, part.stage.unit_ndim(item.example.ndim, item.full_group())
     split = 0 if unit_ndim is None else form.ndim - unit_ndim
     return has_whole_units(form, split) and all(is_placed_like(state, form, split) for state in _states(part, item))
 

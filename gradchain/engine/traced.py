@@ -173,7 +173,7 @@ def trace_stages(
         tuple(key for part in parts for key in item.counts_of(part)),
         count,
     )
-    group = item.full_group
+    group = item.full_group()
     has_tensors = any(map(_has_tensors, (*(part.stage for part in parts), *(reading.value for reading in watched))))
     traces = _OF_TENSORS if has_tensors else _KNOWN
     known = traces.get(key)

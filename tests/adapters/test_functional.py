@@ -40,6 +40,7 @@ from gradchain import (
     trust_ratio,
 )
 from tests.cases import CASES, Case, each
+from tests.versions import needs_compiled_apply
 
 SHAPES = {"first.weight": (4, 3), "first.bias": (4,), "last.weight": (2, 4)}
 
@@ -356,6 +357,7 @@ def averages(state: Any) -> dict[str, Tensor]:
     return {name: s["ema.average"] for name, s in state.items()}
 
 
+@needs_compiled_apply
 def test_compiles_to_one_graph() -> None:
     t, params, grads = chain(clip_by_global_norm(0.1), ema(0.9), normalize()), make(), make()
     state = init_state(t, params)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import tensor
 
 from tests.differential.case import DTYPES, EVENTS, MEASURES, SLOTS, Case, Param, ParamGroup, Step
@@ -92,6 +93,8 @@ INNER = (
     *("('AdamW', {'lr': 0.1, 'eps': 0.01, 'weight_decay': 0.1})", "('RMSprop', {'lr': 0.03, 'eps': 0.1})"),
     *("('Adagrad', {'lr': 0.1, 'eps': 0.01})", "('Adamax', {'lr': 0.05, 'eps': 0.01})"),
 )
+if torch.__version__ < "2.12":  # whose Adagrad takes no parameters later on
+    INNER = tuple(inner for inner in INNER if "Adagrad" not in inner)
 
 
 class Draw:
