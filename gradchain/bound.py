@@ -246,10 +246,11 @@ class BoundTransform(Each):
         if not self.shares_state:
             return self.definition.measure(tensors, **arguments), state
         try:
-            return self.definition.measure(tensors, state, **arguments)
+            view, new_state = self.definition.measure(tensors, state, **arguments)
         except KeyError as error:
             self._require_key_of(state, error)
             raise
+        return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Call the function."""

@@ -87,7 +87,7 @@ GUARDS = (
     *("with_error_feedback(skip_nonfinite(50))", "masked(masked(skip_nonfinite(50), is_even), tensor(True))"),
 )
 
-INNER = (
+INNER: tuple[str, ...] = (
     *("('SGD', {'lr': 0.1})", "('SGD', {'lr': 0.1, 'momentum': 0.9, 'nesterov': True})"),
     *("('SGD', {'lr': 0.1, 'weight_decay': 0.1, 'maximize': True})", "('Adam', {'lr': 0.1, 'eps': 0.01})"),
     *("('AdamW', {'lr': 0.1, 'eps': 0.01, 'weight_decay': 0.1})", "('RMSprop', {'lr': 0.03, 'eps': 0.1})"),
