@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import (
     Any,
@@ -87,8 +87,13 @@ def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     dtype = compute_dtype(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor, group
-    # Not group | ...: torch 2.6 cannot compile the union of dicts.
-    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
+    return tensor.to(dtype), join(group, {key: group[key].to(dtype) for key in CONTEXT if key in group})
+
+
+def join(group: Group, further: Mapping[str, Any]) -> Group:
+    """``group`` with further keys. One that writes down what is read stays such a group, and nothing of it is read."""
+    # torch 2.6 cannot compile the union of dicts.
+    return {**group, **further} if type(group) is dict else group | dict(further)
 
 
 def require_signature(function: Callable[..., Any], place: str) -> None:

@@ -22,6 +22,7 @@ from gradchain.contract import (
     State,
     Transform,
     call_checked,
+    join,
     locate,
     remedy,
     require_signature,
@@ -202,7 +203,7 @@ class Each(Stage):
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
-                result, new_state = self.act(tensor, {**group, **view}, state)
+                result, new_state = self.act(tensor, join(group, view), state)
             except Exception as error:
                 if PLACE in group:
                     locate(error, group[PLACE])

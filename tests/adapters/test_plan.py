@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
+import gradchain.engine.traced
 from gradchain import (
     ParamTransformingOptimizer,
     Transform,
@@ -277,3 +278,23 @@ def test_the_last_of_many_equal_tensors_can_be_alone_in_its_block() -> None:
     optimizer.step()
     for param in params:
         assert_close(param.grad, torch.full((64, 64), 1 / 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("param_ndim", [None, 0, 1])
+@pytest.mark.parametrize(
+    "pre", [clip_by_norm(1.0), lambda t, group: t / t.norm().clamp_min(1), chain(scale(0.5), sign())]
+)
+def test_equal_tensors_share_a_trace(
+    monkeypatch: pytest.MonkeyPatch, pre: Transform, param_ndim: int | None, dtype: torch.dtype
+) -> None:
+    traced = []
+    trace = gradchain.engine.traced._trace
+    monkeypatch.setattr(gradchain.engine.traced, "_trace", lambda *args: traced.append(args) or trace(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(gradchain.engine.traced, "_KNOWN", {})
+    params = [nn.Parameter(torch.ones(4, 4, dtype=dtype)) for _ in range(20)]
+    optimizer = wrapped([{"params": params[:10]}, {"params": params[10:]}], pre=pre, param_ndim=param_ndim)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert 0 < len(traced) <= 2  # one of a tensor, and one of many that are stacked
