@@ -12,7 +12,18 @@ from torch.func import vmap
 from gradchain._ranges import as_number
 from gradchain.bound import BoundTransform
 from gradchain.chain import Chain
-from gradchain.contract import CONTEXT, FROM_GROUP, FromGroup, Group, State, Transform, look_at, require_unwritten, show
+from gradchain.contract import (
+    CONTEXT,
+    FROM_GROUP,
+    FromGroup,
+    Group,
+    State,
+    Transform,
+    look_at,
+    require_unwritten,
+    show,
+    with_keys,
+)
 from gradchain.stage import Combinator, Each, Stage, as_stage, require_transform
 
 
@@ -122,7 +133,7 @@ class Broadcast(Each):
             return self.stage.begin(tensor, group)
 
         def begin(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.begin(sub_tensor, {**group, **sub_context})
+            return self.stage.begin(sub_tensor, with_keys(group, sub_context))
 
         state: State = self._map(begin, tensor, group)(tensor, _context(group))
         return state
@@ -143,7 +154,7 @@ class Broadcast(Each):
                 )
 
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
-            return self.stage.act(sub_tensor, {**group, **sub_context}, sub_state)
+            return self.stage.act(sub_tensor, with_keys(group, sub_context), sub_state)
 
         inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
         try:

@@ -83,8 +83,12 @@ def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     dtype = compute_dtype(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor, group
-    # Not group | ...: torch 2.6 cannot compile the union of dicts.
-    return tensor.to(dtype), {**group, **{key: group[key].to(dtype) for key in CONTEXT if key in group}}
+    return tensor.to(dtype), with_keys(group, {key: group[key].to(dtype) for key in CONTEXT if key in group})
+
+
+def with_keys(group: Group, more: Group) -> Group:
+    """``group | more``, which torch 2.6 cannot compile for dicts; a group that is traced has a union of its own."""
+    return {**group, **more} if type(group) is dict else group | more
 
 
 def require_signature(function: Callable[..., Any], place: str) -> None:
