@@ -19,10 +19,10 @@ from gradchain.contract import (
     Group,
     State,
     Transform,
-    join,
     look_at,
     require_unwritten,
     show,
+    with_keys,
 )
 from gradchain.stage import Combinator, Each, Stage, as_stage, require_transform
 
@@ -133,7 +133,7 @@ class Broadcast(Each):
             return self.stage.begin(tensor, group)
 
         def begin(sub_tensor: Tensor, sub_context: Group) -> State:
-            return self.stage.begin(sub_tensor, join(group, sub_context))
+            return self.stage.begin(sub_tensor, with_keys(group, sub_context))
 
         state: State = self._map(begin, tensor, group)(tensor, _context(group))
         return state
@@ -154,7 +154,7 @@ class Broadcast(Each):
                 )
 
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
-            return self.stage.act(sub_tensor, join(group, sub_context), sub_state)
+            return self.stage.act(sub_tensor, with_keys(group, sub_context), sub_state)
 
         inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
         try:

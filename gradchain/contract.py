@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import (
     Any,
@@ -87,13 +87,12 @@ def widen(tensor: Tensor, group: Group) -> tuple[Tensor, Group]:
     dtype = compute_dtype(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor, group
-    return tensor.to(dtype), join(group, {key: group[key].to(dtype) for key in CONTEXT if key in group})
+    return tensor.to(dtype), with_keys(group, {key: group[key].to(dtype) for key in CONTEXT if key in group})
 
 
-def join(group: Group, further: Mapping[str, Any]) -> Group:
-    """``group`` with further keys. One that writes down what is read stays such a group, and nothing of it is read."""
-    # torch 2.6 cannot compile the union of dicts.
-    return {**group, **further} if type(group) is dict else group | dict(further)
+def with_keys(group: Group, more: Group) -> Group:
+    """``group | more``, which torch 2.6 cannot compile for dicts; a group that is traced has a union of its own."""
+    return {**group, **more} if type(group) is dict else group | more
 
 
 def require_signature(function: Callable[..., Any], place: str) -> None:

@@ -22,11 +22,11 @@ from gradchain.contract import (
     State,
     Transform,
     call_checked,
-    join,
     locate,
     remedy,
     require_signature,
     show,
+    with_keys,
 )
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Each(Stage):
         results, new_states = [], []
         for tensor, group, state in zip(tensors, groups, states, strict=True):
             try:
-                result, new_state = self.act(tensor, join(group, view), state)
+                result, new_state = self.act(tensor, with_keys(group, view), state)
             except Exception as error:
                 if PLACE in group:
                     locate(error, group[PLACE])

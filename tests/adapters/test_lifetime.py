@@ -87,7 +87,6 @@ HANDLES: list[Any] = []
 
 
 # found: 23
-@pytest.mark.skipif(torch.__version__ < "2.10", reason="what older versions trace with is freed by the collector alone")
 @pytest.mark.parametrize(
     "make",
     [wrapped, with_closure, with_function, with_scheduler, in_backward, attached, with_handle, removed],
