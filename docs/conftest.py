@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 NEEDS = {
     "coming-from/pytorch-optimizer.md": ("pytorch_optimizer",),
@@ -13,17 +12,12 @@ NEEDS = {
     "how-to/opacus.md": ("opacus",),
     "how-to/trainer-and-peft.md": ("transformers", "peft"),
 }
-WITH_MUON = ("../README.md", "guide/optimizers.md", "how-to/muon-and-adamw.md")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip pages of what is not installed, and let frameworks warn of what is not ours."""
-    docs = Path(__file__).parent
-    needs = {docs / page: modules for page, modules in NEEDS.items()}
-    with_muon = {(docs / page).resolve() for page in WITH_MUON}
+    needs = {Path(__file__).parent / page: modules for page, modules in NEEDS.items()}
     for item in items:
-        if item.path in with_muon and torch.__version__ < "2.9":
-            item.add_marker(pytest.mark.skip(reason="torch.optim.Muon came with torch 2.9"))
         if item.path in needs:
             missing = [module for module in needs[item.path] if find_spec(module) is None]
             item.add_marker(pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
