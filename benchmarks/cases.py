@@ -140,7 +140,9 @@ def _monitored() -> Iterator[Case]:
 def _several() -> Iterator[Case]:
     for workload in (SOME, GPT2):
         theirs = peers.clip_grad_norm_of_two
-        yield Case("Muon and AdamW as one, global norm", workload, as_one, "clip_grad_norm_, both", theirs, 1.03)
+        name = "Muon and AdamW as one, global norm"
+        # Muon computes in bfloat16, which makes small differences of a norm large.
+        yield Case(name, workload, as_one, "clip_grad_norm_, both", theirs, 1.03, same_numbers=False)
 
 
 def soft_sign(tensor: Tensor, group: Group) -> Tensor:

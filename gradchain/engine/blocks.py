@@ -364,4 +364,6 @@ def _cost(call: Call) -> float:
     name = RENAMED.get(call.name, call.name)
     if name in FOREACH:
         return 0.6
+    if name == "clamp":  # which a list does by two
+        return 1.2
     return 2.0 if name == "norm" and len(call.args) <= 2 else 1.0 if name in VIEWS else 4.0
