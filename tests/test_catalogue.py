@@ -132,6 +132,11 @@ def test_catalogue_has_rows() -> None:
 
 
 @pytest.mark.parametrize("name", FACTORIES)
+def test_catalogue_is_in_the_guide(name: str) -> None:
+    assert f"{name}(" in (ROOT / "docs" / "guide" / "catalogue.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FACTORIES)
 def test_docstrings_are_complete(name: str) -> None:
     doc = inspect.getdoc(FACTORIES[name]) or ""
     sections = [".. math::", "Acts on", "Example:\n    >>> ", *(["References:\n"] if name != "add" else [])]

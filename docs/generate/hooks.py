@@ -25,7 +25,7 @@ from docs.generate.names import ROOT, public_names
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Make the navigation, of the files that there are and of those that are generated."""
-    guide = [f"guide/{name}.md" for name in ("transforms", "optimizers", "speed")]
+    guide = [f"guide/{name}.md" for name in ("transforms", "catalogue", "optimizers", "speed")]
     config.nav = [
         {"Home": "index.md"},
         {"Guide": [*guide, "how-it-works.md"]},
