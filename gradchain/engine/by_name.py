@@ -50,7 +50,8 @@ def arrange_by_name(state_dict: Group, param_groups: Sequence[Group], entries: S
             ]
     for group, saved_group in zip(param_groups, saved, strict=False):
         saved_group.pop("param_names", None)
-        saved_group |= {key: group[key] for key in ("param_names",) if key in group}
+        if "param_names" in group:
+            saved_group["param_names"] = group["param_names"]
     return {**state_dict, "state": state, "param_groups": saved}
 
 
@@ -81,12 +82,11 @@ def _regrouped(index: int, group: Group, sources: Sequence[tuple[Group, Any]], m
     values = {key: value for key, value in group.items() if key != "params"}
     saved = [source for source, key in sources if key not in moved]
     differing = []
-    for key in saved[0] if saved else ():
-        if not all(key in each and is_same(each[key], saved[0][key]) for each in saved):
-            differing.append(key)
-        else:
+    for key in [key for key in saved[0] if key not in ("params", "param_names")] if saved else ():
+        if all(key in each and is_same(each[key], saved[0][key]) for each in saved):
             values[key] = saved[0][key]
-    differing = [key for key in differing if key not in ("params", "param_names")]
+        else:
+            differing.append(key)
     if differing:
         warnings.warn(
             f"group {index} has parameters that were saved with different values of {differing}, and keeps its own",

@@ -14,7 +14,15 @@ from gradchain.contract import Group, show
 from gradchain.engine.combined import CombinedOptimizer
 from gradchain.engine.groups import ATTACHED
 from gradchain.engine.names import Names
-from gradchain.engine.select import Key, Params, list_groups, override_groups, require_all_taken, split_group
+from gradchain.engine.select import (
+    Key,
+    Params,
+    list_groups,
+    name_and_param,
+    override_groups,
+    require_all_taken,
+    split_group,
+)
 
 Factory: TypeAlias = Callable[..., Optimizer]
 """An optimizer type, or a ``functools.partial`` of one."""
@@ -93,7 +101,7 @@ def _make_several(
 
 
 def _names(groups: Sequence[Group], model: nn.Module | None) -> dict[Tensor, str]:
-    params = [item[1] if isinstance(item, tuple) else item for group in groups for item in group["params"]]
+    params = [name_and_param(item, {})[1] for group in groups for item in group["params"]]
     return Names().joined_by(model, params).of(params)
 
 

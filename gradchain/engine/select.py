@@ -26,6 +26,14 @@ def list_groups(params: Params) -> list[Group]:
     return [{**group, "params": _as_list(group["params"])} for group in groups]
 
 
+def name_and_param(item: Any, names: Mapping[Tensor, str]) -> tuple[str | None, Tensor]:
+    """A parameter as an optimizer gets it, alone or in a pair with its name; a name in ``names`` takes its place."""
+    name, param = item if isinstance(item, tuple) else (None, item)
+    if not isinstance(param, Tensor):
+        raise TypeError(f"params must be tensors, pairs of a name and a tensor, or dicts; got {param!r}")
+    return names.get(param, name), param
+
+
 def split_group(
     group: Group, keys: Sequence[Key], names: Mapping[Tensor, str], subject: str
 ) -> dict[int | None, Group]:
@@ -42,10 +50,7 @@ def split_group(
     """
     chosen: dict[int | None, list[Any]] = {index: [] for index in (None, *range(len(keys)))}
     for item in _as_list(group["params"]):
-        name, param = item if isinstance(item, tuple) else (None, item)
-        if not isinstance(param, Tensor):
-            raise TypeError(f"params must be tensors, pairs of a name and a tensor, or dicts; got {param!r}")
-        name = names.get(param, name)
+        name, param = name_and_param(item, names)
         choosing = (index for index, key in enumerate(keys) if _chooses(key, name, param, subject))
         chosen[next(choosing, None)].append(item)
     return {index: {**group, "params": params} for index, params in chosen.items() if params}
@@ -54,8 +59,7 @@ def split_group(
 def require_all_taken(split: Mapping[int | None, Group], keys: Iterable[Key], names: Mapping[Tensor, str]) -> None:
     """Raise where no key of the inner optimizers chooses a parameter."""
     for item in split[None]["params"] if None in split else ():
-        name, param = item if isinstance(item, tuple) else (None, item)
-        name = names.get(param, name)
+        name, param = name_and_param(item, names)
         which = f"{'' if name is None else f'{name!r}, '}of shape {tuple(param.shape)}"
         raise ValueError(
             f"each parameter needs an inner optimizer, and none of the keys {[show(key) for key in keys]} chooses the "
