@@ -270,24 +270,14 @@ class _Round:
 
     def start(self, optimizer: Optimizer) -> None:
         """Begin the step of one; or raise where it belongs to another round."""
-        others = name_of(*(each for each in self._waiting if each is not optimizer))
-        all_act = "what is attached to several optimizers acts on the gradients of all, before the first of them steps"
         if optimizer in self._started:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} steps a second time, before {others or 'it has ended its first step'}; "
-                f"{all_act}: let each step once. A GradScaler can leave out the step of one: with it, take "
-                "ParamTransformingOptimizer(InnerOpt=[...]), which is one optimizer"
-            )
-        if any(
-            param.grad is not grad or _version(grad) != version
-            for param, grad, version in self._grads.get(optimizer, ())
-        ):
-            raise RuntimeError(
-                f"the gradients of {type(optimizer).__name__} have changed since "
-                f"{name_of(*self._started)} stepped; {all_act}: call backward() "
-                "before that. A GradScaler can leave out the step of one: with it, take "
-                "ParamTransformingOptimizer(InnerOpt=[...]), which is one optimizer"
-            )
+            others = name_of(*(each for each in self._waiting if each is not optimizer))
+            what = f"{type(optimizer).__name__} steps a second time, before {others or 'it has ended its first step'}"
+            raise _out_of_turn(what, "let each step once")
+        known = self._grads.get(optimizer, ())
+        if any(param.grad is not grad or _version(grad) != version for param, grad, version in known):
+            what = f"the gradients of {type(optimizer).__name__} have changed since {name_of(*self._started)} stepped"
+            raise _out_of_turn(what, "call backward() before that")
         self._started.append(optimizer)
 
     def finish(self, optimizer: Optimizer) -> bool:
@@ -354,6 +344,14 @@ class _HookedStep:
             self._hidden[id(group)] = dict(group), [param.grad for param in group["params"]]
             for param in group["params"]:
                 param.grad = None
+
+
+def _out_of_turn(what: str, remedy: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}; what is attached to several optimizers acts on the gradients of all, before the first of them steps: "
+        f"{remedy}. A GradScaler can leave out the step of one: with it, take "
+        "ParamTransformingOptimizer(InnerOpt=[...]), which is one optimizer"
+    )
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

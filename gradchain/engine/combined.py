@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradchain.contract import Group
-from gradchain.engine.select import Key, require_all_taken, split_group
+from gradchain.engine.select import Key, distribute
 
 
 class CombinedOptimizer(Optimizer):
@@ -75,10 +75,7 @@ class CombinedOptimizer(Optimizer):
                 "a new group does not say which of several optimizers takes it; call add_param_group of that one, "
                 "optimizer.inner_opt.optimizers[i]"
             )
-        split = split_group(param_group, self.keys, {}, "InnerOpt")
-        require_all_taken(split, self.keys, {})
-        for index, group in split.items():
-            assert index is not None
+        for index, group in distribute(param_group, self.keys, {}).items():
             self.optimizers[index].add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:

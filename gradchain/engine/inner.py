@@ -17,11 +17,10 @@ from gradchain.engine.names import Names
 from gradchain.engine.select import (
     Key,
     Params,
+    distribute,
     list_groups,
     name_and_param,
     override_groups,
-    require_all_taken,
-    split_group,
 )
 
 Factory: TypeAlias = Callable[..., Optimizer]
@@ -83,9 +82,7 @@ def make_inner(
 def _make_several(
     groups: Sequence[Group], factories: Mapping[Any, Factory], names: Mapping[Tensor, str]
 ) -> CombinedOptimizer:
-    split = [split_group(group, list(factories), names, "InnerOpt") for group in groups]
-    for each in split:
-        require_all_taken(each, factories, names)
+    split = [distribute(group, list(factories), names) for group in groups]
     optimizers: dict[Key, Optimizer] = {}
     for index, (key, factory) in enumerate(factories.items()):
         taken = [each[index] for each in split if index in each]

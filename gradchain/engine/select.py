@@ -56,8 +56,9 @@ def split_group(
     return {index: {**group, "params": params} for index, params in chosen.items() if params}
 
 
-def require_all_taken(split: Mapping[int | None, Group], keys: Iterable[Key], names: Mapping[Tensor, str]) -> None:
-    """Raise where no key of the inner optimizers chooses a parameter."""
+def distribute(group: Group, keys: Sequence[Key], names: Mapping[Tensor, str]) -> dict[int, Group]:
+    """The groups that ``group`` becomes, by the position of the inner optimizer that takes them; raise if none does."""
+    split = split_group(group, keys, names, "InnerOpt")
     for item in split[None]["params"] if None in split else ():
         name, param = name_and_param(item, names)
         which = f"{'' if name is None else f'{name!r}, '}of shape {tuple(param.shape)}"
@@ -65,6 +66,7 @@ def require_all_taken(split: Mapping[int | None, Group], keys: Iterable[Key], na
             f"each parameter needs an inner optimizer, and none of the keys {[show(key) for key in keys]} chooses the "
             f'parameter {which}; add a key for it, or "*" as the last one, for all others'
         )
+    return {index: each for index, each in split.items() if index is not None}
 
 
 def override_groups(
