@@ -4,15 +4,13 @@ Lightning sees one optimizer, so that its automatic optimization, its schedulers
 Run ``python examples/nano_gpt_lightning.py``.
 """
 
-import argparse
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
-from nano_gpt import CONFIG, GPT, STEPS, batch, make_optimizer  # type: ignore[import-not-found, unused-ignore]
+from nano_gpt import GPT, STEPS, batch, make_optimizer, read_arguments  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -23,14 +21,13 @@ from gradchain.integrations.lightning import LogMetrics
 class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
     """The model, whose batches depend on the step alone, so that a resumed run has those of one that goes on."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.model = GPT()
-        self.config = config
         self.losses: list[float] = []
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.config)
+        optimizer = make_optimizer(self.model)
         scheduler = CosineAnnealingLR(optimizer, STEPS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -42,8 +39,8 @@ class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
         return loss
 
 
-def fit(config: Path, *, stop: int = STEPS, checkpoint: str | None = None) -> tuple[pl.Trainer, list[float]]:
-    module = Module(config)
+def fit(*, stop: int = STEPS, checkpoint: str | None = None) -> tuple[pl.Trainer, list[float]]:
+    module = Module()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -61,15 +58,12 @@ def fit(config: Path, *, stop: int = STEPS, checkpoint: str | None = None) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="the YAML file of the optimizer")
-    config = parser.parse_args().config
-
-    trainer, losses = fit(config)
-    first, stopped = fit(config, stop=STEPS // 2)
+    read_arguments()
+    trainer, losses = fit()
+    first, stopped = fit(stop=STEPS // 2)
     path = first.strategy.broadcast(tempfile.mkdtemp()) + "/half.ckpt"
     first.save_checkpoint(path)
-    _, resumed = fit(config, checkpoint=path)
+    _, resumed = fit(checkpoint=path)
     if trainer.is_global_zero:
         print(f"losses: {' '.join(map(repr, losses))}")
         print(f"stopped and resumed, the losses are the same: {stopped + resumed == losses}")

@@ -2,15 +2,13 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import Processes
-from tests.nano_gpt import LARGEST_DIFFERENCE, config_of, losses_of, run_nano_gpt
+from tests.nano_gpt import LARGEST_DIFFERENCE, losses_of, run_nano_gpt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 IN_TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -31,20 +29,8 @@ def test_distributed() -> None:
     assert float(accuracy[1]) > 95
 
 
-def test_nano_gpt(tmp_path: Path) -> None:
-    config = config_of("Muon", tmp_path)
-    whole = losses_of(run_nano_gpt(["nano_gpt.py"], config))
-    sharded = losses_of(run_nano_gpt([*IN_TWO, "nano_gpt.py"], config))
-    assert sharded == pytest.approx(whole, rel=0, abs=LARGEST_DIFFERENCE["Muon"])
-
-
-def train_nano_gpt(config: Path) -> list[float]:
-    module = runpy.run_path(str(EXAMPLES / "nano_gpt.py"))
-    losses: list[float] = module["Run"](config).train(range(12))
-    return losses
-
-
-def test_nano_gpt_in_float32(processes: Processes, tmp_path: Path) -> None:
-    config = config_of("AdamW", tmp_path)
-    first, second = processes.run(2, train_nano_gpt, config)
-    assert first == second == pytest.approx(train_nano_gpt(config), rel=0, abs=LARGEST_DIFFERENCE["AdamW"])
+@pytest.mark.parametrize("options", LARGEST_DIFFERENCE)
+def test_nano_gpt(options: tuple[str, ...]) -> None:
+    whole = losses_of(run_nano_gpt("nano_gpt.py", *options))
+    sharded = losses_of(run_nano_gpt(*IN_TWO, "nano_gpt.py", *options))
+    assert sharded == pytest.approx(whole, rel=0, abs=LARGEST_DIFFERENCE[options])
