@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gradchain
+from gradchain._arguments import argument_names, did_you_mean
 from gradchain._ranges import as_number
 from gradchain.adapters.attach import Attached, attach
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
@@ -179,22 +179,13 @@ def _join(path: str, key: object) -> str:
 
 def _check_names(target: Any, names: Iterable[str], path: str) -> None:
     """Raise where ``target`` has no argument of a name, at its place, and not only when it is called."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except ValueError:  # that of torch tells none
-        return
-    known = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+    known = argument_names(target)
+    if known is None:
         return
     for name in names:
         if name not in known:
-            hint = _meant(str(name), known) or f"; there are {known}"
+            hint = did_you_mean(str(name), known) or f"; there are {known}"
             raise TypeError(f"{_join(path, name)}: {show(target)} has no argument {name!r}{hint}")
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _find(name: Any, place: str, allow: Sequence[str]) -> Any:
@@ -211,7 +202,7 @@ def _find(name: Any, place: str, allow: Sequence[str]) -> Any:
     if _is_allowed(name, allow):
         return _import(name, place, allow)
     if package == "gradchain":
-        raise ValueError(f"{place}: gradchain has no {own_name!r} for configs{_meant(own_name, public)}")
+        raise ValueError(f"{place}: gradchain has no {own_name!r} for configs{did_you_mean(own_name, public)}")
     raise ValueError(
         f"{place}: {name} is not allowed; allowed are the names of gradchain{''.join(f', {each}' for each in allow)}. "
         f"If you trust it, give from_config(..., allow={[*allow, name.rpartition('.')[0] or name]!r})"

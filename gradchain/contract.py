@@ -97,8 +97,9 @@ def with_keys(group: Group, more: Group) -> Group:
 
 def require_signature(function: Callable[..., Any], place: str) -> None:
     """Raise where a function cannot be called with a tensor and a group."""
+    called = function.forward if isinstance(function, torch.nn.Module) else function
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(called)
     except ValueError:  # torch's own functions tell none; a call of it says what is wrong
         return
     try:

@@ -374,6 +374,8 @@ def require_transform(value: object, place: str) -> Transform:
         )
     if not callable(value):
         raise TypeError(f"{place} must be a callable (tensor, group) -> tensor, got {value!r}")
+    if isinstance(value, type):
+        raise TypeError(f"{place} must be a callable (tensor, group) -> tensor, got the class {show(value)}")
     if not isinstance(value, Stage):
         if hasattr(value, "definition"):
             raise TypeError(f"{place} is the factory {show(value)}, not a transform; call it: {show(value)}(...)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -182,7 +183,9 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
         numbered = number_chains(chains)
-        inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs, groups, model)
+        inner_opt = make_inner(
+            params, InnerOpt, inner_opt_kwargs, groups, model, list(signature(type(self)).parameters)
+        )
         inner = parts(inner_opt)
         if any(isinstance(part, ParamTransformingOptimizer) for part in inner):
             raise TypeError(

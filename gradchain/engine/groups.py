@@ -15,7 +15,7 @@ from gradchain._ranges import as_number
 from gradchain._sharding import require_shards
 from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
-from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate
+from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate, show
 from gradchain.engine.combined import defaults_of_any, name_of
 from gradchain.stage import require_transform
 
@@ -34,7 +34,11 @@ OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 
 def make_chains(**slots: Transform | None) -> dict[str, Chain]:
     """The chain of each slot."""
-    return {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in slots.items()}
+    chains = {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in slots.items()}
+    for slot, members in chains.items():
+        if members.keeps_average and slot != "post":
+            raise ValueError(f"{slot}: {show(members)} keeps an average of the parameters; it belongs in post")
+    return chains
 
 
 def number_chains(chains: Mapping[str, Chain], taken: Collection[str] = ()) -> dict[str, Chain]:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradchain._arguments import argument_names, did_you_mean
 from gradchain.contract import Group, show
 from gradchain.engine.combined import CombinedOptimizer
 from gradchain.engine.groups import ATTACHED
@@ -36,8 +37,12 @@ def make_inner(
     kwargs: dict[str, Any],
     groups: Mapping[Any, Mapping[str, Any]] | None,
     model: nn.Module | None,
+    own_arguments: Sequence[str],
 ) -> Optimizer:
-    """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``."""
+    """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``.
+
+    ``own_arguments`` are names that a mistyped one of ``kwargs`` can have meant.
+    """
     if isinstance(params, Optimizer):
         raise TypeError(
             f"params must be parameters, got an optimizer, {type(params).__name__}; to put transforms "
@@ -64,8 +69,10 @@ def make_inner(
         raise ValueError(
             f"params are needed to make the inner optimizer, {', '.join(map(_name, factories.values()))}; got None"
         )
-    if not isinstance(InnerOpt, Mapping) and not groups:
-        return InnerOpt(params, **kwargs)
+    if not isinstance(InnerOpt, Mapping):
+        _require_arguments(InnerOpt, kwargs, own_arguments)
+        if not groups:
+            return InnerOpt(params, **kwargs)
     given_groups = list_groups(params)
     names = _names(given_groups, model)
     given_groups = override_groups(given_groups, groups, names)
@@ -77,6 +84,18 @@ def make_inner(
             "own, by functools.partial(torch.optim.AdamW, lr=...)"
         )
     return _make_several(given_groups, InnerOpt, names)
+
+
+def _require_arguments(factory: Factory, kwargs: Mapping[str, Any], own_arguments: Sequence[str]) -> None:
+    known = argument_names(factory)
+    if known is None:
+        return
+    for name in kwargs:
+        if name not in known:
+            raise TypeError(
+                f"neither ParamTransformingOptimizer nor its inner optimizer, {_name(factory)}, has an argument "
+                f"{name!r}{did_you_mean(name, [*own_arguments, *known])}"
+            )
 
 
 def _make_several(

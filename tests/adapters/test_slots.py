@@ -34,6 +34,7 @@ from gradchain import (
     sign,
     trace,
     transform,
+    with_error_feedback,
 )
 from tests.adapters.common import (
     assert_equal,
@@ -310,7 +311,7 @@ def with_chains(params: Any, chains: dict[str, Any]) -> ParamTransformingOptimiz
 def test_a_chain_with_other_states_in_place_of_one(slot: str) -> None:
     params, plain = make_params(), make_params()
     kept = average() if slot == "post" else masked(average(), lambda group: True)
-    optim = with_chains(params, {slot: chain(kept, ema(0.9), lookahead(2, 0.5))})
+    optim = with_chains(params, {slot: chain(kept, ema(0.9), with_error_feedback(sign()))})
     train(optim, params, range(2))
     states = copy.deepcopy(optim._engine.states.by_param[params[0]])
     setattr(optim, slot, chain(trace(0.9), ema(0.5), average()))

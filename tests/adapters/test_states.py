@@ -186,9 +186,9 @@ OTHERS = masked(chain(sign(), accumulate(2)), torch.tensor(True))
 @pytest.mark.parametrize(
     ("saved", "loaded", "needed", "got"),
     [
-        (ema(0.9), lookahead(2, 0.5), ["lookahead.average", "lookahead.count"], ["ema.average", "ema.weight"]),
+        (ema(0.9), accumulate(2), ["accumulate.count", "accumulate.mean"], ["ema.average", "ema.weight"]),
         (chain(trace(0.9), trace(0.9)), trace(0.9), ["trace.trace"], ["trace.trace", "trace_2.trace"]),
-        (trace(0.9), param_ema(0.9), ["param_ema.average", "param_ema.weight"], ["trace.trace"]),
+        (trace(0.9), ema(0.9), ["ema.average", "ema.weight"], ["trace.trace"]),
         (
             with_error_feedback(trace(0.5)),
             with_error_feedback(sign()),
