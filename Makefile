@@ -18,10 +18,10 @@ demo: $(VENV)/done
 test: $(VENV)/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
-# The tests with another torch, TORCH=2.6.0, in an environment of its own. Some pin the sympy that they need.
+# The tests with another torch, TORCH=2.6.0, in an environment of its own. Some need another sympy or setuptools.
 test-torch:
 	mkdir -p .venv-torch-$(TORCH)
-	sed '/^sympy==/d; s/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv-torch-$(TORCH)/constraints.txt
+	sed '/^sympy==/d; /^setuptools==/d; s/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv-torch-$(TORCH)/constraints.txt
 	$(MAKE) test VENV=.venv-torch-$(TORCH) CONSTRAINTS=.venv-torch-$(TORCH)/constraints.txt
 
 # Less than all tests: some interrupt a step at each of its lines, and coverage, which traces lines as they do, stops there.

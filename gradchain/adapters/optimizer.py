@@ -291,8 +291,8 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         groups = self.inner_opt.param_groups
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
-        self._complete_groups()
-        if closure is None and is_dry_run(self.param_groups):
+        complete_groups(groups, self._own_defaults)
+        if closure is None and is_dry_run(groups):
             loss = self.inner_opt.step()
             self._engine.start()
             return loss

@@ -72,7 +72,7 @@ class Programs(Operation):
         keeps_states = work.keeps_states or self.precedes_skip
         try:
             for block in self.blocks:
-                block.run(work, keeps_states)
+                block.call(block.inputs(work, keeps_states))
         except Exception as error:  # as where there is no memory left
             locate(error, self.slot)
             raise
@@ -246,16 +246,16 @@ class Block:
         """Whether the input ``name`` is a tensor, and not a list of them."""
         return self.program.single
 
-    def run(self, work: Pass, keeps_states: bool) -> None:
-        """Transform the tensors."""
+    def inputs(self, work: Pass, keeps_states: bool) -> list[Any]:
+        """The inputs of the program, with copies of the states if the old ones are kept until the step is made."""
         given = [read(work) for read in self.readers]
         if keeps_states:
             for i in self.states:
                 given[i] = self._copies(given[i], work)
-        self.call(given)
+        return given
 
     def call(self, given: list[Any]) -> None:
-        """Call the program."""
+        """Transform the tensors: call the program with its inputs."""
         self.program.run(*given, *self.constants)
 
     def _copies(self, states: Any, work: Pass) -> Any:

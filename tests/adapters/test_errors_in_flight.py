@@ -388,7 +388,7 @@ def test_interrupted_by_a_signal(make: Callable[[], Trainer]) -> None:
 def test_interrupt_within_a_transform(slot: str) -> None:
     def press(tensor: Tensor, group: Group) -> Tensor:
         if pressed and group["index"] == 1:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return tensor
 
     pressed = False
