@@ -26,7 +26,7 @@ def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[St
         return transform
 
     def number(transform: BoundTransform) -> BoundTransform:
-        if transform.is_named or transform.own_keys.keys() >= set(transform.definition.hyperparameters):
+        if transform.is_named or all(key in transform.own_keys for key in transform.definition.hyperparameters):
             return transform
         prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
         free = next(prefix for prefix in prefixes if prefix not in used)
