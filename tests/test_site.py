@@ -1,8 +1,11 @@
 """The pages of the site that are generated: each public name has one, and each transform a picture."""
 
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
 
 import gradchain
 from docs.generate import pages, pictures
@@ -34,6 +37,26 @@ def test_transforms_have_rows() -> None:
     for row in CATALOGUE.values():
         assert row.family in FAMILIES
         assert row.kind in CAPTIONS
+
+
+def names_in(library: str, pattern: str) -> list[str]:
+    """What the pages call transforms in another library."""
+    return re.findall(pattern, " ".join(row.elsewhere.get(library, "") for row in CATALOGUE.values()))
+
+
+def test_names_of_torch_exist() -> None:
+    names = names_in("torch", r"`torch\.([^`]+)`")
+    assert names
+    for name in names:
+        attrgetter(name)(torch)
+
+
+def test_names_of_rai_toolbox_exist() -> None:
+    modules = [pytest.importorskip(f"rai_toolbox.{name}") for name in ("optim", "perturbations")]
+    names = names_in("rai-toolbox", r"`([A-Z]\w+)`")
+    assert names
+    for name in names:
+        assert any(hasattr(module, name) for module in modules), name
 
 
 def test_kinds_of_pictures_have_captions() -> None:
