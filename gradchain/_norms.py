@@ -41,13 +41,14 @@ def is_long(size: int, ord: float = 2.0) -> bool:
     """Whether torch would lose digits of the norm of ``size`` elements on the CPU.
 
     There each thread adds up its elements one after the other: the 2-norm of 1e7 elements in float32 is off by
-    4e-4, their 1-norm by 6e-3, and where all elements are equal, 2**14 elements are enough for 1e-5.
+    4e-4, their 1-norm by 6e-3, and where all elements are equal, 2**14 elements are enough for 1e-5. What is counted
+    or compared, as by the orders 0 and inf, loses none.
     """
     return size >= _shortest(ord)
 
 
 def _shortest(ord: float) -> float:
-    return math.inf if ord == math.inf else 2**14 if ord == 2 else 2**12
+    return math.inf if ord in (0, math.inf, -math.inf) else 2**14 if ord == 2 else 2**12
 
 
 def norms(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -96,8 +95,26 @@ class NotedGroup(dict[str, Any]):
         return iter([key for key in super().__iter__() if self[key] is not ABSENT])
 
     def keys(self) -> Any:
-        """All keys, of which each counts as read."""
-        return list(self)
+        """All keys, of which each counts as read, as in all that goes through the whole group."""
+        return KeysView(self)
+
+    def values(self) -> Any:
+        """All values."""
+        return ValuesView(self)
+
+    def items(self) -> Any:
+        """All pairs of a key and its value."""
+        return ItemsView(self)
+
+    def copy(self) -> dict[str, Any]:
+        """A group that is not watched, with all values."""
+        return dict(self.items())
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {**self.copy(), **other}
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {**other, **self.copy()}
 
 
 class TracedGroup(NotedGroup):
@@ -137,9 +154,10 @@ class TracedGroup(NotedGroup):
         return value
 
     def __or__(self, other: Mapping[str, Any]) -> TracedGroup:  # type: ignore[override]
-        merged = copy.copy(self)
-        merged.update(other)
-        merged.given = self.given | other.keys()
+        merged = TracedGroup.__new__(TracedGroup)  # with the same notes, and without reading anything
+        merged.__dict__.update(self.__dict__, given=self.given | other.keys())
+        dict.update(merged, dict.items(self))
+        dict.update(merged, other)
         return merged
 
 
@@ -337,7 +355,7 @@ def form_of(value: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
+    text = str(error).partition("\n")[0].partition(". ")[0]  # of some, several sentences of advice follow
     if "meta tensor" in text or "data-dependent" in text or "vmap: It looks like you're" in text:
         return f"reads a value{_line_of(error)}"
     return text if isinstance(error, NotTraceable) else f"{type(error).__name__}: {text}"

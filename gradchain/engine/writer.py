@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,6 +45,13 @@ def _is_long_norm(trace: Trace, index: int) -> bool:
     return isinstance(ord, int | float) and is_long(size, float(ord))
 
 
+def _looped(expression: str, loop: Sequence[tuple[str, str]]) -> str:
+    """The list of what an expression is for the values of variables, each given with the list that it goes over."""
+    variables, lists = zip(*loop, strict=True)
+    over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
+    return f"[{expression} for {', '.join(variables)} in {over}]"
+
+
 class Writer(Values):
     """Writes the lines of a program, call after call."""
 
@@ -52,7 +60,7 @@ class Writer(Values):
         constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
         constants |= {"divide": divide, "power": power, "scalar": scalar, "vector_norm": torch.linalg.vector_norm}
         self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
-        super().__init__(traces[0], self.globals, single=single)
+        super().__init__(traces[0], {*self.globals, *dir(builtins)}, single=single)
         self.traces = traces
         self.lines: list[str] = []
         self.differing: list[Callable[[Trace], Any]] = []
@@ -96,10 +104,28 @@ class Writer(Values):
         leaf = find(self.trace)
         if isinstance(leaf, Ref):
             return self.names[leaf.number], self.kinds[leaf.number]
+        if isinstance(leaf, tuple) and any(isinstance(each, Ref) for each in leaf):
+            return self._tensors(leaf)
         if any(find(trace) != leaf for trace in self.traces):
             self.differing.append(find)
             return f"c{len(self.differing) - 1}", Kind.EACH
         return self._literal(leaf), Kind.NUMBER
+
+    def _tensors(self, leaves: Sequence[Any]) -> tuple[str, Kind]:
+        """The expression of several tensors that are one argument, such as those of ``torch.cat``."""
+        texts: list[str] = []
+        loop: list[tuple[str, str]] = []
+        kinds = [Kind.NUMBER]
+        for position, leaf in enumerate(leaves):
+            if not isinstance(leaf, Ref):
+                texts.append(self._literal(leaf))
+                continue
+            text, kind = self.names[leaf.number], self.kinds[leaf.number]
+            kinds.append(max(kind, Kind.SHARED))
+            if kind is Kind.NUMBER:
+                text = f"torch.tensor({text}, dtype={self.trace.forms[leaf.number][1]}, device=device)"
+            texts.append(self._in_loop(text, kind, f"w{position}", loop))
+        return (_looped(f"[{', '.join(texts)}]", loop), Kind.EACH) if loop else (f"[{', '.join(texts)}]", max(kinds))
 
     def _literal(self, value: Any) -> str:
         if value is DEVICE:
@@ -108,10 +134,8 @@ class Writer(Values):
             return repr(value)
         if isinstance(value, complex):
             return f"complex({value.real!r}, {value.imag!r})"
-        if isinstance(value, tuple) and not any(isinstance(each, Ref) for each in value):
-            return f"[{', '.join(map(self._literal, value))}]"
         if isinstance(value, tuple):
-            return f"[{', '.join(self.names[e.number] if isinstance(e, Ref) else self._literal(e) for e in value)}]"
+            return f"[{', '.join(map(self._literal, value))}]"
         if str(value).startswith("torch."):  # a dtype, a layout or a memory format
             return str(value)
         raise AssertionError(f"no literal for {value!r}")
@@ -300,11 +324,8 @@ class Writer(Values):
             expression = f"{given[0]}.to({options['dtype'][0]})"
         else:
             expression = f"{function}({', '.join(given)})"
-        if loop and not self.single:
-            variables, lists = zip(*loop, strict=True)
-            over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
-            expression = f"[{expression} for {', '.join(variables)} in {over}]"
-            kind = Kind.EACH
+        if loop:
+            expression, kind = _looped(expression, loop), Kind.EACH
         self._assign(call, expression, kind)
 
     def _function(self, index: int, call: Call, name: str, options: dict[str, Any]) -> str:
