@@ -28,14 +28,19 @@ def number_keys(stages: Iterable[Stage], taken: Collection[str] = ()) -> list[St
     def number(transform: BoundTransform) -> BoundTransform:
         if transform.is_named or all(key in transform.own_keys for key in transform.definition.hyperparameters):
             return transform
-        prefixes = (f"{transform.prefix}_{n}" if n > 1 else transform.prefix for n in itertools.count(1))
-        free = next(prefix for prefix in prefixes if prefix not in used)
+        free = free_name(transform.prefix, used)
         used.add(free)
         return transform.numbered(free)
 
     for stage in stages:
         stage.replaced(note)
     return [stage.replaced(number) for stage in stages]
+
+
+def free_name(base: str, taken: Collection[str]) -> str:
+    """``base``, or the first of ``base_2``, ``base_3`` and so on that is not ``taken``."""
+    names = (f"{base}_{n}" if n > 1 else base for n in itertools.count(1))
+    return next(name for name in names if name not in taken)
 
 
 def merge_hyperparameters(places: Iterable[tuple[str, Stage]]) -> dict[str, Any]:

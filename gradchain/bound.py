@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -30,7 +26,7 @@ from gradchain.contract import (
 from gradchain.stage import Each
 
 if TYPE_CHECKING:
-    from gradchain.definition import ActsOn, Definition
+    from gradchain.definition import Definition
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,55 +42,30 @@ class BoundTransform(Each):
     """The keys of hyperparameters that have no prefix, by the name of the parameter."""
     is_numbered: bool = False
     """Whether the prefix was given to it for its number among its kind."""
-    hyperparameters: Mapping[str, Any] = field(init=False)
     needed: tuple[str, ...] = field(init=False)
     """The names of the hyperparameters without a default."""
 
     def __post_init__(self) -> None:
-        defaults = {self.key(name): self.arguments[name] for name in self.definition.hyperparameters}
-        needed = tuple(name for name in self.definition.hyperparameters if self.arguments[name] is FROM_GROUP)
-        object.__setattr__(self, "hyperparameters", defaults)
-        object.__setattr__(self, "needed", needed)
-        self.definition.read_annotations()
+        definition, defaults = self.definition, self.arguments
+        is_stateful, measures = definition.init is not None, definition.measure is not None
+        vars(self).update(  # since it is frozen
+            hyperparameters={self.key(name): defaults[name] for name in definition.hyperparameters},
+            needed=tuple(name for name in definition.hyperparameters if defaults[name] is FROM_GROUP),
+            stateful=is_stateful,
+            measures=measures,
+            measures_shards=definition.measures_shards,
+            shares_state=is_stateful and measures,
+            skip_keys=() if definition.skip is None else (definition.skip,),
+            reports=() if definition.skip is None else ("in_a_row", "total"),
+            counts=definition.counts,
+            keeps_average=definition.average is not None,
+            starts_early=definition.start is not None,
+        )
+        definition.read_annotations()
 
     def key(self, name: str) -> str:
         """The key of a parameter in a group."""
         return self.own_keys.get(name, f"{self.prefix}.{name}")
-
-    @property
-    def stateful(self) -> bool:  # type: ignore[override]
-        """Whether it remembers something from step to step."""
-        return self.definition.init is not None
-
-    @property
-    def measures(self) -> bool:  # type: ignore[override]
-        """Whether it measures all tensors."""
-        return self.definition.measure is not None
-
-    @property
-    def measures_shards(self) -> bool:  # type: ignore[override]
-        """Whether it can measure distributed tensors."""
-        return self.definition.measures_shards
-
-    @property
-    def shares_state(self) -> bool:  # type: ignore[override]
-        """Whether its state is one for all tensors of an optimizer."""
-        return self.stateful and self.measures
-
-    @property
-    def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The key of its state that says whether to call the step off."""
-        return () if self.definition.skip is None else (self.definition.skip,)
-
-    @property
-    def counts(self) -> bool:  # type: ignore[override]
-        """Whether it was declared to be ``counted``."""
-        return self.definition.counts
-
-    @property
-    def reports(self) -> tuple[str, ...]:  # type: ignore[override]
-        """How often a transform skips."""
-        return () if self.definition.skip is None else ("in_a_row", "total")
 
     def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
         """The counters, which are the same for all parameters."""
@@ -104,16 +75,6 @@ class BoundTransform(Each):
         """What its state has under the key that was declared for it."""
         key = self.definition.average
         return [state[key]] if key in state else []
-
-    @property
-    def keeps_average(self) -> bool:  # type: ignore[override]
-        """Whether its state holds an average."""
-        return self.definition.average is not None
-
-    @property
-    def acts_on(self) -> ActsOn:
-        """What the function is written for."""
-        return self.definition.acts_on
 
     def shares(self, key: str) -> bool:
         """Whether its state depends on the view over all tensors."""
@@ -127,11 +88,6 @@ class BoundTransform(Each):
         """Call the function that was registered with ``on_skip``."""
         if state:  # or the parameter is not selected
             self.definition.after_skip(state, **self.arguments)
-
-    @property
-    def starts_early(self) -> bool:  # type: ignore[override]
-        """Whether its state depends on where a parameter starts."""
-        return self.definition.start is not None
 
     @property
     def state_name(self) -> str:
@@ -207,7 +163,7 @@ class BoundTransform(Each):
         """What it acts on; see ``Stage.units``."""
         if self.definition.measure is not None:
             return (None,)
-        return (0 if self.acts_on == "element" else tensor.ndim,)
+        return (0 if self.definition.acts_on == "element" else tensor.ndim,)
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
         """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""

@@ -78,6 +78,21 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
     return Broadcast(require_transform(transform, "the argument of broadcast"), param_ndim)
 
 
+_PASSED_ON = (
+    "hyperparameters",
+    "stateful",
+    "shares_state",
+    "measures",
+    "measures_shards",
+    "skip_keys",
+    "keeps_average",
+    "starts_early",
+    "counts",
+    "reports",
+)
+"""The attributes of a transform that hold for it under ``broadcast``, too."""
+
+
 class Broadcast(Each):
     """A transform, mapped over sub-tensors. Made by ``broadcast``."""
 
@@ -87,16 +102,8 @@ class Broadcast(Each):
         self.transform = transform
         self.param_ndim = param_ndim
         self.stage = stage
-        self.hyperparameters = stage.hyperparameters
-        self.stateful = stage.stateful
-        self.shares_state = stage.shares_state
-        self.measures = stage.measures
-        self.measures_shards = stage.measures_shards
-        self.skip_keys = stage.skip_keys
-        self.keeps_average = stage.keeps_average
-        self.starts_early = stage.starts_early
-        self.counts = stage.counts
-        self.reports = stage.reports
+        for trait in _PASSED_ON:
+            setattr(self, trait, getattr(stage, trait))
 
     @property
     def state_name(self) -> str:
@@ -196,7 +203,7 @@ class Broadcast(Each):
     def unit_ndim(self, ndim: int, group: Group) -> int | None:
         """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
         param_ndim = self.param_ndim
-        acts_on = self.transform.acts_on if isinstance(self.transform, BoundTransform) else "unit"
+        acts_on = self.transform.definition.acts_on if isinstance(self.transform, BoundTransform) else "unit"
         if acts_on != "unit" and isinstance(param_ndim, FromGroup):
             return None
         if isinstance(param_ndim, FromGroup):
@@ -211,14 +218,6 @@ class Broadcast(Each):
     def __repr__(self) -> str:
         param_ndim = "" if self.param_ndim is FROM_GROUP else f", param_ndim={self.param_ndim}"
         return f"broadcast({show(self.transform)}{param_ndim})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Broadcast):
-            return NotImplemented
-        return (self.transform, self.param_ndim) == (other.transform, other.param_ndim)
-
-    def __hash__(self) -> int:
-        return hash(("broadcast", self.transform, self.param_ndim))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return broadcast, (self.transform, self.param_ndim)

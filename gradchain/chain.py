@@ -127,11 +127,5 @@ class Chain(Combinator, Sequence[Transform]):
     def _repr_html_(self) -> str:
         return show_chain(map(show, self.members))
 
-    def __eq__(self, other: object) -> bool:
-        return self.members == other.members if isinstance(other, Chain) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(("chain", self.members))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return chain, self.members

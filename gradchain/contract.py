@@ -9,11 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import (
-    Any,
-    Protocol,
-    TypeAlias,
-)
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Generator, Tensor

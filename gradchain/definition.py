@@ -107,17 +107,13 @@ class Definition:
                 raise
             return BoundTransform(self, arguments, self.name)
 
-        def register_check(check: Callable[..., None]) -> Callable[..., None]:
-            self.check = check
-            return check
-
-        def register_after_skip(after_skip: Callable[..., None]) -> Callable[..., None]:
-            self.after_skip = after_skip
-            return after_skip
+        def register(name: str, function: Callable[..., None]) -> Callable[..., None]:
+            setattr(self, name, function)
+            return function
 
         factory.__signature__ = self.signature  # type: ignore[attr-defined]
-        factory.check = register_check  # type: ignore[attr-defined]
-        factory.on_skip = register_after_skip  # type: ignore[attr-defined]
+        factory.check = functools.partial(register, "check")  # type: ignore[attr-defined]
+        factory.on_skip = functools.partial(register, "after_skip")  # type: ignore[attr-defined]
         factory.definition = self  # type: ignore[attr-defined]
         return cast("TransformFactory[...]", factory)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradchain._sharding import distribute_like, is_distributed
 from gradchain.chain import Chain, chain
-from gradchain.contract import PLACE, Group, State, Transform, is_same, locate, show, show_value
+from gradchain.contract import PLACE, Group, State, Transform, locate, show, show_value
 from gradchain.stage import Combinator, Part, Stage, below, beneath
 from gradchain.transforms.elementwise import set_to_zero
 
@@ -190,14 +190,6 @@ class Masked(Combinator):
     def __repr__(self) -> str:
         where = show_value(self.where) if isinstance(self.where, str | Tensor) else show(self.where)
         return f"masked({show(self.members[0])}, {where})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Masked):
-            return NotImplemented
-        return self.members == other.members and is_same(self.where, other.where)
-
-    def __hash__(self) -> int:
-        return hash(("masked", self.members, None if isinstance(self.where, Tensor) else self.where))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return masked, (self.members[0], self.where)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    NamedTuple,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 
-from gradchain._keys import merge_hyperparameters, number_keys
+from gradchain._keys import free_name, merge_hyperparameters, number_keys
 from gradchain.contract import (
     PLACE,
     Group,
     State,
     Transform,
     call_checked,
+    is_same,
     locate,
     remedy,
     require_signature,
@@ -128,6 +123,13 @@ class Stage(ABC):
                 "state = t.init(tensor, group); tensor, state = t.update(tensor, group, state)"
             )
         return self.update(tensor, {} if group is None else group, {})[0]
+
+    def __eq__(self, other: object) -> bool:
+        return is_same(self.__reduce__(), other.__reduce__()) if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        call: Any = self.__reduce__()  # by which it is made
+        return hash((call[0], *(None if isinstance(each, Tensor) else each for each in call[1])))
 
     def update(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
         """Transform one tensor, and return the result with the next state."""
@@ -344,9 +346,7 @@ def _state_keys(stages: Iterable[Stage]) -> dict[int, str]:
     keys: dict[int, str] = {}
     for index, stage in enumerate(stages):
         if stage.stateful:
-            numbered = (f"{stage.state_name}_{number}" for number in itertools.count(2))
-            names = itertools.chain([stage.state_name], numbered)
-            keys[index] = next(name for name in names if name not in keys.values())
+            keys[index] = free_name(stage.state_name, keys.values())
     return keys
 
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import (
-    Any,
-    Concatenate,
-    ParamSpec,
-    overload,
-)
+from typing import Any, Concatenate, ParamSpec, overload
 
 from torch import Tensor
 
-from gradchain.contract import (
-    Group,
-    State,
-)
+from gradchain.contract import Group, State
 from gradchain.definition import ActsOn, Definition, TransformFactory
 
 P = ParamSpec("P")

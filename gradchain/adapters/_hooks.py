@@ -138,7 +138,7 @@ class Hooks:
         for param, states in self.engine.synced_states().by_param.items():
             kept = [beneath(below(states, old), new) for old, new in paths.items()]
             by_param[param] = {key: value for each in kept for key, value in each.items()}
-        shown = self._shown()
+        shown = [param for param, own in state.items() if isinstance(own, dict) and KEY in own]
         for param in shown:
             del state[param][KEY]
         self.engine.reset(TransformStates({param: states for param, states in by_param.items() if states}))
@@ -146,10 +146,6 @@ class Hooks:
         for param in shown:
             if not state[param]:
                 del state[param]
-
-    def _shown(self) -> list[Tensor]:
-        """The parameters that have states of transforms in an optimizer."""
-        return [param for param, state in self.inner_opt.state.items() if isinstance(state, dict) and KEY in state]
 
     def _register(self) -> None:
         for optimizer, saving in zip(self.optimizers, self._saving, strict=True):

@@ -16,6 +16,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from gradchain.engine.operations import is_expanded
+
 _UNCHANGING = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, bytes, int, float, type(None))
 
 _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -116,8 +118,8 @@ class _Snapshot:
         if tensor.layout is torch.strided:
             memory = tensor.detach()
             # Elements that share memory can be replaced, but not written.
-            is_expanded = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-            self._restore_by(_restore_tensor, tensor, (memory, memory if is_expanded else memory.clone()))
+            kept = memory if is_expanded(memory) else memory.clone()
+            self._restore_by(_restore_tensor, tensor, (memory, kept))
         else:
             self._restore_by(Tensor.copy_, tensor.detach(), tensor.detach().clone())
         return ()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradchain.broadcast import broadcast
 from gradchain.contract import PLACE, Group, State, Transform, locate, show
+from gradchain.engine.groups import require_known
 from gradchain.stage import Stage, require_transform
 
 T = TypeVar("T")
@@ -195,11 +196,7 @@ def _prepare(transform: Transform, group: Group | None) -> Stage:
         raise TypeError(
             f"group must be a dict or None, got {type(group).__name__}; give trees as param=, grad=, state="
         )
-    known = stage.hyperparameters
-    prefixes = {key.rpartition(".")[0] for key in known}
-    for key in group or {}:
-        if key not in known and key.rpartition(".")[0] in prefixes:
-            raise ValueError(f'"{key}" is no hyperparameter; there are {sorted(known)}')
+    require_known(group or {}, [stage])
     return stage
 
 

@@ -256,7 +256,8 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         self._engine.owner.__dict__.update(chains)
         if slot in self.__dict__:  # Lightning and Fabric show it by another object, which may have copies
             self.__dict__.update(chains)
-        self._engine.drop_states_of_others(slot)
+        engine = self._engine
+        engine.states.keep_fitting(slot, engine.stage(slot), engine.param_table.entries)
         self._engine.begin()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

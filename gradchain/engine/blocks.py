@@ -16,17 +16,7 @@ from gradchain.engine.operations import Operation, Pass, SlotTensor, View, count
 from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
-from gradchain.engine.traced import (
-    CONTEXT,
-    COUNT,
-    NUMBER,
-    STATE,
-    VALUE,
-    VIEW,
-    Traced,
-    dependencies,
-    trace_stages,
-)
+from gradchain.engine.traced import CONTEXT, COUNT, NUMBER, STATE, VALUE, VIEW, Traced, dependencies, trace_stages
 from gradchain.engine.values import KINDS
 from gradchain.stage import Part
 
@@ -99,19 +89,19 @@ class Programs(Operation):
             users.setdefault(block.program.source, {}).setdefault(block.way, []).extend(block.numbers)
         return users
 
-    def _parts_of(self, number: int) -> tuple[int, ...]:
-        return tuple(index for index, part in enumerate(self.parts) if number in part.numbers)
-
     def _trace(self, number: int, count: int | None = None) -> Traced:
-        parts = [self.parts[index] for index in self._parts_of(number)]
+        parts = [part for part in self.parts if number in part.numbers]
         return trace_stages(parts, self.items[number], self.views, count=count)
 
     def _blocks(self, numbers: Sequence[int]) -> Iterator[Block]:
         """The blocks of tensors whose traces differ in sizes alone."""
-        rest = list(numbers)
-        for same in self._of_one_form(numbers):
+        rest, alike = list(numbers), dict[int, list[int]]()
+        for number in numbers:
+            alike.setdefault(id(self.traced[number]), []).append(number)
+        for same in alike.values():
             if self._pays_to_stack(same):
-                rest = [number for number in rest if number not in set(same)]
+                stacked = set(same)
+                rest = [number for number in rest if number not in stacked]
                 for part in _chunks(same, self._bytes):
                     yield self._stacked(part) if len(part) > 1 else self._single(part[0])
         small = [number for number in rest if self._bytes(number) < BLOCK_BYTES]
@@ -122,12 +112,6 @@ class Programs(Operation):
         for number in rest:
             if self._bytes(number) >= BLOCK_BYTES:
                 yield self._single(number)
-
-    def _of_one_form(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        same: dict[int, list[int]] = {}
-        for number in numbers:
-            same.setdefault(id(self.traced[number]), []).append(number)
-        yield from same.values()
 
     def _pays_to_stack(self, numbers: Sequence[int]) -> bool:
         """Whether it is faster to stack tensors of one form, run a program once and copy the results back."""
@@ -236,6 +220,7 @@ class Block:
         self.readers = [owner.reader(name, numbers, traces[0], single=self.takes_one(name)) for name in program.inputs]
         self.states = [i for i, name in enumerate(program.inputs) if name.startswith(STATE)]
         self.constants = program.constants(traces)
+        self.buffers = owner.buffers
 
     @property
     def way(self) -> str:
@@ -292,10 +277,6 @@ class Pieces(Block):
 
 class Stacked(Block):
     """Tensors of one form that go through a program as one tensor."""
-
-    def __init__(self, owner: Programs, program: Program, numbers: Sequence[int], traces: Sequence[Trace]) -> None:
-        super().__init__(owner, program, numbers, traces)
-        self.buffers = owner.buffers
 
     @property
     def way(self) -> str:

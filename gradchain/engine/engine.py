@@ -206,8 +206,8 @@ class Engine:
 
     def stage(self, slot: str) -> Chain:
         """The chain of a slot, broadcast."""
-        chains = self.chains()
-        return self._stages[slot] if self.numbered[1] is chains else broadcast(chains[slot])
+        self.chains()
+        return self._stages[slot]
 
     def chains(self) -> dict[str, Chain]:
         """The chain of each slot, with the keys that its transforms have in the optimizer.
@@ -274,7 +274,7 @@ class Engine:
             return
         for index, (group, known) in enumerate(itertools.zip_longest(groups, self._keys[: len(groups)], fillvalue=())):
             new = set(group).difference(known)
-            require_known(index, new, self.chains())
+            require_known(new, self.chains().values(), f"group {index}: ")
             warn_of_short(index, new - defaults_of_any(self.owner.inner_opt).keys(), self.chains())
         self.note_keys()
 
@@ -298,7 +298,7 @@ class Engine:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
-        return self.synced_states().averaged(self.stage("post"), self.param_table.entries)
+        return self.synced_states().averaged(self.stage("post"))
 
     def complete(self, state_dict: Group, defaults: Group, optimizer: Optimizer) -> None:
         """Put the states into a state dict of an optimizer, and the keys that its groups lack."""
@@ -311,10 +311,6 @@ class Engine:
         states.add_to(state_dict, entries)
         if "param_groups" in state_dict:
             add_names(state_dict, entries)
-
-    def drop_states_of_others(self, slot: str) -> None:
-        """Keep the states that the chain of ``slot`` has a transform for, when it has been replaced."""
-        self.states.keep_fitting(slot, self.stage(slot), self.param_table.entries)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -347,14 +343,12 @@ class Engine:
     def _make_plans(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> SlotPlans:
         for index, group in enumerate(param_table.groups):
             check_support(index, group)  # which can have changed since construction
-        plans = SlotPlans(chains, param_table, grads)
-        plans.of = {
+        plans = {
             slot: self._make_plan(slot, param_table, grads)
             for slot, stages in zip(SLOTS, chains, strict=True)
             if stages
         }
-        plans.finish()
-        return plans
+        return SlotPlans(plans, chains, param_table, grads)
 
     def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
         stage = self.stage(slot)

@@ -17,7 +17,7 @@ from gradchain.broadcast import require_param_ndim
 from gradchain.chain import Chain, chain
 from gradchain.contract import FROM_GROUP, Group, Transform, is_same, locate, show
 from gradchain.engine.combined import defaults_of_any, name_of
-from gradchain.stage import require_transform
+from gradchain.stage import Stage, require_transform
 
 ATTACHED = "_gradchain_attached"
 """The attribute by which an optimizer knows what is attached to it."""
@@ -47,9 +47,9 @@ def number_chains(chains: Mapping[str, Chain], taken: Collection[str] = ()) -> d
     return {slot: cast("Chain", stage) for slot, stage in zip(chains, stages, strict=True)}
 
 
-def prefixes(chains: Iterable[Chain]) -> set[str]:
+def prefixes(stages: Iterable[Stage]) -> set[str]:
     """The prefixes of the keys of all hyperparameters."""
-    return {key.rpartition(".")[0] for members in chains for key in members.hyperparameters}
+    return {key.rpartition(".")[0] for stage in stages for key in stage.hyperparameters}
 
 
 def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
@@ -113,8 +113,10 @@ def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any
 def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> None:
     """Raise where a value in ``group`` is of the wrong type or out of range."""
     place = f"group {group_index}"
-    require_known(group_index, group.keys(), chains)
+    require_known(group.keys(), chains.values(), f"{place}: ")
     try:
+        if len(set(map(id, group["params"]))) < len(group["params"]):
+            raise ValueError("a parameter appears twice; give it once")
         require_param_ndim(as_number(group["param_ndim"]))
         for key in ("grad_scale", "grad_bias"):
             value = group.get(key, 1.0)
@@ -123,22 +125,20 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
         for slot, members in chains.items():
             place = f"{slot}, group {group_index}"
             members.check(group)
-        if len(set(map(id, group["params"]))) < len(group["params"]):
-            raise ValueError("a parameter appears twice; give it once")
     except (TypeError, ValueError) as error:
         locate(error, place)
         raise
     check_support(group_index, group)
 
 
-def require_known(group_index: int, keys: Iterable[str], chains: Mapping[str, Chain]) -> None:
+def require_known(keys: Iterable[str], stages: Collection[Stage], place: str = "") -> None:
     """Raise where one of ``keys`` is that of a transform which has no such hyperparameter."""
-    known = {key for members in chains.values() for key in members.hyperparameters}
-    taken = prefixes(chains.values())
+    known = {key for stage in stages for key in stage.hyperparameters}
+    taken = prefixes(stages)
     for key in keys:
         prefix, dot, _ = key.rpartition(".")
         if dot and prefix in taken and key not in known:
-            raise ValueError(f'group {group_index}: "{key}" is no hyperparameter; there are {sorted(known)}')
+            raise ValueError(f'{place}"{key}" is no hyperparameter; there are {sorted(known)}')
 
 
 def warn_of_short(group_index: int, keys: Iterable[str], chains: Mapping[str, Chain]) -> None:

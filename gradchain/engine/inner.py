@@ -15,14 +15,7 @@ from gradchain.contract import Group, show
 from gradchain.engine.combined import CombinedOptimizer
 from gradchain.engine.groups import ATTACHED
 from gradchain.engine.names import Names
-from gradchain.engine.select import (
-    Key,
-    Params,
-    distribute,
-    list_groups,
-    name_and_param,
-    override_groups,
-)
+from gradchain.engine.select import Key, Params, distribute, list_groups, name_and_param, override_groups
 
 Factory: TypeAlias = Callable[..., Optimizer]
 """An optimizer type, or a ``functools.partial`` of one."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradchain._keys import free_name
 from gradchain.engine.engine import Engine
 from gradchain.engine.operations import COUNTED
 from gradchain.engine.states import SLOTS
@@ -66,11 +67,7 @@ def _sources(engine: Engine) -> Iterator[_Source]:
             for path, stage in _within(part.path, part.stage):
                 if not (stage.reports or stage.counts):
                     continue
-                label = base = _label(path, stage)
-                number = 1
-                while label in labels:
-                    number += 1
-                    label = f"{base}_{number}"
+                label = free_name(_label(path, stage), labels)
                 labels.add(label)
                 known = {path + key for key in stage.reports}
                 numbers = [

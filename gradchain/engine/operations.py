@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -45,9 +44,9 @@ class SlotTensor(NamedTuple):
     """Whether its states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
-    signals: Mapping[str, Tensor] = MappingProxyType({})
+    signals: Mapping[str, Tensor]
     """The values from outside for this step, always in the same dict."""
-    counts: State | None = None
+    counts: State | None
     """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
 
     def full_group(self) -> Group:
@@ -347,10 +346,10 @@ def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
 
 def without_storages(state: State, storages: set[int | None]) -> State:
     """``state``, without sharing one of ``storages``, and with a place in memory for each element."""
-    return {key: v.clone() if _storage(v) in storages or _is_expanded(v) else v for key, v in state.items()}
+    return {key: v.clone() if _storage(v) in storages or is_expanded(v) else v for key, v in state.items()}
 
 
-def _is_expanded(tensor: Tensor) -> bool:
+def is_expanded(tensor: Tensor) -> bool:
     """Whether elements share their memory, as in what ``torch.func.vmap`` makes of a new ``torch.zeros(())``."""
     return tensor.layout is torch.strided and any(
         size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -231,16 +231,28 @@ def needs_dense(grad: Tensor) -> str:
 class SlotPlans:
     """The plan of each slot that has a chain, and what they depend on."""
 
-    def __init__(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> None:
+    def __init__(
+        self, plans: dict[str, Plan], chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]
+    ) -> None:
+        self.of = plans
         self.chains = chains
         self.param_table = param_table
-        self.of: dict[str, Plan] = {}
         self.have_grads = [grad is not None for grad in grads]
         self.grad_forms = Forms(grads)
-        self.param_forms: Forms | None = None
+        reads_params = plans.keys() - {"pre"} or any(plan.reads_params for plan in plans.values())
+        self.param_forms = Forms(param_table.params) if reads_params else None
+        # Lists of tensors do not allow elements that are yet to be negated or conjugated.
         self.has_unusual_grads = any(
-            grad is not None and (_is_lazy(grad) or not grad.is_contiguous()) for grad in grads
+            grad is not None and (grad.is_neg() or grad.is_conj() or not grad.is_contiguous()) for grad in grads
         )
+        self.cannot_raise = all(plan.cannot_raise for plan in plans.values())
+        self.depends: list[Callable[[], bool]] = [
+            partial(has, group, key, group.get(key, ABSENT))
+            for group in param_table.groups
+            for key in ("param_names", "differentiable")
+        ]
+        for plan in plans.values():
+            self.depends += plan.depends
         # A gradient that its parameter would not take any more is one of before the parameter was replaced.
         self.can_be_kept = all(
             grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
@@ -255,21 +267,3 @@ class SlotPlans:
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
             and all(holds() for holds in self.depends)
         )
-
-    def finish(self) -> None:
-        """Sum up, when all are there."""
-        self.cannot_raise = all(plan.cannot_raise for plan in self.of.values())
-        self.depends: list[Callable[[], bool]] = [
-            partial(has, group, key, group.get(key, ABSENT))
-            for group in self.param_table.groups
-            for key in ("param_names", "differentiable")
-        ]
-        for plan in self.of.values():
-            self.depends += plan.depends
-        if self.of.keys() - {"pre"} or any(plan.reads_params for plan in self.of.values()):
-            self.param_forms = Forms(self.param_table.params)
-
-
-def _is_lazy(grad: Tensor | None) -> bool:
-    """Whether the elements in memory are yet to be negated or conjugated, which lists of tensors do not allow."""
-    return grad is not None and (grad.is_neg() or grad.is_conj())

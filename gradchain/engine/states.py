@@ -39,12 +39,6 @@ class ParamEntry(NamedTuple):
     model_name: str | None = None
     """Its name in the model that the optimizer knows."""
 
-    @property
-    def grad(self) -> Tensor:
-        """The gradient, where there is one."""
-        assert self.param.grad is not None
-        return self.param.grad
-
     def own_keys(self, slot: str) -> Group:
         """What tells a transform where it acts, and on which parameter."""
         name = {} if self.name is None else {"name": self.name}
@@ -95,7 +89,7 @@ class TransformStates:
         self.new: dict[Tensor, None] = {}
         """The parameters whose states have not been in a step yet."""
         self._shown: dict[Tensor, None] = {}
-        self._fitted: dict[tuple[Tensor, str], Any] = {}
+        self._fitted: dict[Tensor, dict[str, Any]] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
         self._seen: tuple[list[Tensor], list[State], list[State | None]] = [], [], []
         """What the inner optimizer had when it was shown all states: its parameters, its states, and these in them."""
@@ -115,7 +109,7 @@ class TransformStates:
         for entry in entries:
             param, states = entry.param, self.by_param.setdefault(entry.param, {})
             form = param.shape, param.dtype, entry.group.get("param_ndim"), stage
-            if self._fitted.get((param, slot)) == form:
+            if self._fitted.get(param, {}).get(slot) == form:
                 continue
             first = without_aliases(first_state(slot, stage, entry), param.detach())
             known = {key: value for key, value in states.items() if key in first}
@@ -127,7 +121,7 @@ class TransformStates:
                     f'the tensors in state[param]["{KEY}"] too, or del state[param]["{KEY}"] to start anew'
                 )
             states |= {key: known[key].to(value.dtype) if key in known else value for key, value in first.items()}
-            self._fitted[param, slot] = form
+            self._fitted.setdefault(param, {})[slot] = form
 
     def begin(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> None:
         """Make the first states of the stages that depend on where a parameter starts, of those that have none."""
@@ -185,10 +179,12 @@ class TransformStates:
         found = {param: inner_opt.state.get(param, {}).get(KEY) for param in self._shown}
         changed = {param: state for param, state in found.items() if state is not self.by_param.get(param)}
         for param, state in changed.items():
+            self._fitted.pop(param, None)
             if state is None:
-                self._drop(param)
+                self.by_param.pop(param, None)
+                del self._shown[param]
             else:
-                self._take(param, state)
+                self.by_param[param] = state
         return bool(changed)
 
     def adopt(self, inner_opt: Optimizer, params: Iterable[Tensor]) -> None:
@@ -196,21 +192,9 @@ class TransformStates:
         for param in params:
             state = inner_opt.state.get(param) if param not in self.by_param else None
             if isinstance(state, dict) and KEY in state:
-                self._take(param, state[KEY])
+                self.by_param[param] = state[KEY]
+                self._fitted.pop(param, None)
                 self._shown[param] = None
-
-    def _drop(self, param: Tensor) -> None:
-        self.by_param.pop(param, None)
-        self._forget_form(param)
-        self._shown.pop(param, None)
-
-    def _take(self, param: Tensor, state: State) -> None:
-        self.by_param[param] = state
-        self._forget_form(param)
-
-    def _forget_form(self, param: Tensor) -> None:
-        for slot in SLOTS:
-            self._fitted.pop((param, slot), None)
 
     def add_to(self, state_dict: dict[str, Any], entries: Sequence[ParamEntry]) -> None:
         """Put the states into a state dict of the inner optimizer."""
@@ -240,7 +224,7 @@ class TransformStates:
         return TransformStates(by_param), {**state_dict, "state": bare}
 
     @contextmanager
-    def averaged(self, post: Chain, entries: Iterable[ParamEntry]) -> Iterator[None]:
+    def averaged(self, post: Chain) -> Iterator[None]:
         """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
         averages = {}
         for param, states in self.by_param.items():

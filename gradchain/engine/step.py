@@ -16,7 +16,7 @@ from gradchain.contract import Group, locate
 from gradchain.engine.combined import parts
 from gradchain.engine.engine import Engine
 from gradchain.engine.groups import describe
-from gradchain.engine.operations import Pass, SkippedStep
+from gradchain.engine.operations import Pass, SkippedStep, is_expanded
 from gradchain.engine.plan import Plan, SlotPlans, needs_dense
 
 
@@ -198,8 +198,7 @@ def _writable(grad: Tensor) -> Tensor:
     """``grad``, or a copy where it is lazy or its elements share memory, as those of an expanded tensor do."""
     if grad.layout is not torch.strided:
         return grad
-    shares = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
-    return (grad.contiguous() if shares else grad).resolve_conj().resolve_neg()
+    return (grad.contiguous() if is_expanded(grad) else grad).resolve_conj().resolve_neg()
 
 
 def _subtract(params: list[Tensor], before: list[Tensor], *, checks_sums: bool) -> None:

@@ -33,14 +33,8 @@ FILLS = frozenset({"zeros_like", "ones_like", "full_like", "scalar_tensor", "_to
 """Operations that torch does not call pointwise, although no element depends on elements in other places."""
 
 
-class Device:
-    """Stands for the device of the tensors, since a trace has no device of its own."""
-
-    def __repr__(self) -> str:
-        return "device"
-
-
-DEVICE = Device()
+DEVICE = object()
+"""Stands for the device of the tensors, since a trace has no device of its own."""
 
 
 class Call(NamedTuple):

@@ -345,7 +345,9 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
 def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
     """Whether a group, or a signal, still has the value, or one of the kind, that it had under ``key``."""
     now = group.get(key, signals.get(key, ABSENT))
-    return now is value or (kind_of(now) == value if type(value) is Kind else is_same_value(now, value))
+    if type(value) is Kind:
+        return kind_of(now) == value
+    return now is value or (type(now) is type(value) and is_same(now, value))
 
 
 def form_of(value: Any) -> Any:
@@ -370,8 +372,3 @@ def _line_of(error: Exception) -> str:
             line = f" (line {traceback.tb_lineno})"
         traceback = traceback.tb_next
     return line
-
-
-def is_same_value(a: Any, b: Any) -> bool:
-    """Whether two values of a group are the same."""
-    return a is b or (type(a) is type(b) and is_same(a, b))

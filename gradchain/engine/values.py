@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from enum import IntEnum
 
+from gradchain._keys import free_name
 from gradchain.engine.trace import CONSTANT, Call, Ref, Trace
 
 
@@ -55,12 +56,7 @@ class Values:
         self.unwritten = dict(self.homes)
 
     def _new_name(self, base: str) -> str:
-        name, count = base if base.isidentifier() else f"x_{base}", 1
-        taken = {*self.names.values(), *self.reserved}
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        return name
+        return free_name(base if base.isidentifier() else f"x_{base}", {*self.names.values(), *self.reserved})
 
     def _shape(self, number: int) -> tuple[int, ...]:
         return self.trace.forms[number][0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +26,9 @@ from gradchain.engine.table import (
 )
 from gradchain.engine.trace import DEVICE, TENSOR, Call, Ref, Trace
 from gradchain.engine.values import Kind, Values
+
+Argument: TypeAlias = tuple[str, Kind]
+"""The expression of an argument, and what it stands for."""
 
 
 def _positional(index: int, position: int, trace: Trace) -> Any:
@@ -60,7 +62,7 @@ class Writer(Values):
         constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
         constants |= {"divide": divide, "power": power, "scalar": scalar, "vector_norm": torch.linalg.vector_norm}
         self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
-        super().__init__(traces[0], {*self.globals, *dir(builtins)}, single=single)
+        super().__init__(traces[0], {*self.globals, "complex", "len", "max", "min", "zip"}, single=single)
         self.traces = traces
         self.lines: list[str] = []
         self.differing: list[Callable[[Trace], Any]] = []
@@ -83,11 +85,7 @@ class Writer(Values):
         self._write_results(len(self.trace.calls))
         if self.unwritten:  # a circle, such as two tensors that change places
             before = {value: f"{self.names[value]}_before" for value in self.unwritten.values()}
-            for value, text in before.items():
-                old = self.names[value]
-                self.lines.append(
-                    f"{text} = {f'{old}.clone()' if self.single else f'[each.clone() for each in {old}]'}"
-                )
+            self.lines += [f"{text} = {self._clone(self.names[value])}" for value, text in before.items()]
             for home, value in self.unwritten.items():
                 self._copy(self.names[home], before[value], Kind.EACH)
         parameters = [*self.parameters, *(f"c{i}" for i in range(len(self.differing)))]
@@ -99,7 +97,7 @@ class Writer(Values):
 
     # Arguments
 
-    def _argument(self, find: Callable[[Trace], Any]) -> tuple[str, Kind]:
+    def _argument(self, find: Callable[[Trace], Any]) -> Argument:
         """The expression of an argument."""
         leaf = find(self.trace)
         if isinstance(leaf, Ref):
@@ -111,21 +109,18 @@ class Writer(Values):
             return f"c{len(self.differing) - 1}", Kind.EACH
         return self._literal(leaf), Kind.NUMBER
 
-    def _tensors(self, leaves: Sequence[Any]) -> tuple[str, Kind]:
+    def _tensors(self, leaves: Sequence[Any]) -> Argument:
         """The expression of several tensors that are one argument, such as those of ``torch.cat``."""
-        texts: list[str] = []
-        loop: list[tuple[str, str]] = []
-        kinds = [Kind.NUMBER]
+        texts, loop, kinds = list[str](), list[tuple[str, str]](), [Kind.SHARED]
         for position, leaf in enumerate(leaves):
-            if not isinstance(leaf, Ref):
-                texts.append(self._literal(leaf))
-                continue
-            text, kind = self.names[leaf.number], self.kinds[leaf.number]
-            kinds.append(max(kind, Kind.SHARED))
-            if kind is Kind.NUMBER:
+            is_value = isinstance(leaf, Ref)
+            text = self.names[leaf.number] if is_value else self._literal(leaf)
+            kinds.append(self.kinds[leaf.number] if is_value else Kind.SHARED)
+            if kinds[-1] is Kind.NUMBER:
                 text = f"torch.tensor({text}, dtype={self.trace.forms[leaf.number][1]}, device=device)"
-            texts.append(self._in_loop(text, kind, f"w{position}", loop))
-        return (_looped(f"[{', '.join(texts)}]", loop), Kind.EACH) if loop else (f"[{', '.join(texts)}]", max(kinds))
+            texts.append(self._in_loop(text, kinds[-1], f"w{position}", loop))
+        expression = f"[{', '.join(texts)}]"
+        return (_looped(expression, loop), Kind.EACH) if loop else (expression, max(kinds))
 
     def _literal(self, value: Any) -> str:
         if value is DEVICE:
@@ -169,7 +164,7 @@ class Writer(Values):
         else:
             self._write_list(index, call, name, arguments, options)
 
-    def _use_reciprocal(self, index: int, call: Call, name: str, texts: list[str], kind: Kind) -> str:
+    def _use_reciprocal(self, call: Call, name: str, texts: list[str], kind: Kind) -> str:
         """Make a quotient a product where that is faster; the name of the operation."""
         if name != "div" or call.kwargs or not isinstance(call.args[1], Ref) or kind < Kind.SHARED:
             return name
@@ -184,12 +179,12 @@ class Writer(Values):
         return "mul"
 
     def _write_single(
-        self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any], kind: Kind
+        self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any], kind: Kind
     ) -> None:
         """A call on tensors, not lists."""
         result, texts = call.results[0], [text for text, _ in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
-            name = self._use_reciprocal(index, call, name, texts, arguments[1][1])
+            name = self._use_reciprocal(call, name, texts, arguments[1][1])
         position = self._target(index, call, arguments) if kind is Kind.EACH and not options else None
         has_method = name in FOREACH or name == "clamp"
         if name == "clamp" and len({bound is Kind.NUMBER for text, bound in arguments[1:] if text != "None"}) == 2:
@@ -226,14 +221,14 @@ class Writer(Values):
         self.lines.append(f"{self.names[call.results[0]]}.clamp_max_({upper})")
 
     def _write_list(
-        self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any]
+        self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any]
     ) -> None:
         """A call on lists."""
         result = call.results[0]
         texts = [f"{text}.unbind()" if kind is Kind.STACK else text for text, kind in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
             stacked = [arguments[0][0], arguments[1][0]]
-            changed = self._use_reciprocal(index, call, name, stacked, arguments[1][1])
+            changed = self._use_reciprocal(call, name, stacked, arguments[1][1])
             if changed != name:
                 name = changed
                 texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
@@ -277,7 +272,7 @@ class Writer(Values):
         dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
         return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
-    def _fits_list(self, call: Call, name: str, arguments: list[tuple[str, Kind]]) -> bool:
+    def _fits_list(self, call: Call, name: str, arguments: list[Argument]) -> bool:
         """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
         return not shared or (name in TAKES_SCALARS and all(self._shape(leaf.number) == () for leaf in shared))
@@ -299,13 +294,7 @@ class Writer(Values):
             self.memory[result] = self.memory[target]
 
     def _write_generic(
-        self,
-        index: int,
-        call: Call,
-        name: str,
-        arguments: list[tuple[str, Kind]],
-        options: dict[str, Any],
-        kind: Kind,
+        self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any], kind: Kind
     ) -> None:
         """Any call, as a loop where it is one of lists."""
         given: list[str] = []
@@ -391,9 +380,12 @@ class Writer(Values):
                 continue
             text = self.names[value]
             if self.memory[value] == home:  # a view of it, such as its transpose, which must be read before
-                text = f"{text}.clone()" if self.single else f"[each.clone() for each in {text}]"
+                text = self._clone(text)
             self._copy(self.names[home], text, self.kinds[value])
             del self.unwritten[home]
+
+    def _clone(self, text: str) -> str:
+        return f"{text}.clone()" if self.single else f"[each.clone() for each in {text}]"
 
     def _copy(self, target: str, text: str, kind: Kind) -> None:
         method = "fill_" if kind is Kind.NUMBER else "copy_"

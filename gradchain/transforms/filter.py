@@ -285,11 +285,5 @@ class ErrorFeedback(Combinator):
     def __repr__(self) -> str:
         return f"with_error_feedback({show(self.members[0])})"
 
-    def __eq__(self, other: object) -> bool:
-        return self.members == other.members if isinstance(other, ErrorFeedback) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(("with_error_feedback", self.members))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return with_error_feedback, self.members

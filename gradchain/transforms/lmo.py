@@ -119,12 +119,6 @@ def frank_wolfe(tensor: Tensor, group: Group) -> Tensor:
     if "grad" not in group:
         return tensor.clone()
     grad: Tensor = group["grad"]
-    gamma, weight = _weights(group)
-    return (1 - gamma) * tensor + weight * grad
-
-
-def _weights(group: Group) -> tuple[float | Tensor, float | Tensor]:
-    """The step size, and the factor of the gradient."""
     for key in _NOT_PLAIN:
         if group.get(key):
             raise ValueError(
@@ -132,4 +126,4 @@ def _weights(group: Group) -> tuple[float | Tensor, float | Tensor]:
                 "torch.optim.SGD without momentum and weight_decay"
             )
     gamma: float | Tensor = group.get("lr", 1.0)
-    return gamma, gamma**2 if group.get("maximize", False) else -(gamma**2)
+    return (1 - gamma) * tensor + (gamma**2 if group.get("maximize", False) else -(gamma**2)) * grad

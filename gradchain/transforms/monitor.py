@@ -127,12 +127,6 @@ class Monitor(Stage):
         given = [repr(self.name)] * (self.name != "monitor") + [f"every={self.every}"] * (self.every != 1)
         return f"monitor({', '.join(given)})"
 
-    def __eq__(self, other: object) -> bool:
-        return (self.name, self.every) == (other.name, other.every) if isinstance(other, Monitor) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(("monitor", self.name, self.every))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return monitor, (self.name, self.every)
 
