@@ -46,7 +46,7 @@ def _is_long_norm(trace: Trace, index: int) -> bool:
 
 
 def _looped(expression: str, loop: Sequence[tuple[str, str]]) -> str:
-    """The list of what an expression is for the values of variables, each given with the list that it goes over."""
+    """Return a list of ``expression`` for the values of variables, each given with the list that it goes over."""
     variables, lists = zip(*loop, strict=True)
     over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
     return f"[{expression} for {', '.join(variables)} in {over}]"
@@ -67,12 +67,12 @@ class Writer(Values):
         self.parameters = list(self.names.values())
         small = [call for call in self.trace.calls if call.is_pointwise and self._shape(call.results[0]) == ()]
         self.stacks = not single and len(small) > 2
-        """Whether to stack what is a number for each tensor, since several operations on it follow."""
+        """Whether to stack values that are a number for each tensor, since several operations on them follow."""
         self.numbers: set[int] = set()
-        """The values that are lists of plain numbers."""
+        """The values that are plain Python numbers in the traces, one for all tensors or one for each."""
 
     def write(self) -> tuple[str, Callable[..., None]]:
-        """The source of the program, and its function."""
+        """Return the source of the program, and its function."""
         stage = ""
         for index, call in enumerate(self.trace.calls):
             if call.stage != stage:
@@ -100,7 +100,7 @@ class Writer(Values):
     # Arguments
 
     def _argument(self, find: Callable[[Trace], Any]) -> tuple[str, Kind]:
-        """The expression of an argument."""
+        """Return the expression of an argument, and its kind."""
         leaf = find(self.trace)
         if isinstance(leaf, Ref):
             return self.names[leaf.number], self.kinds[leaf.number]
@@ -112,7 +112,7 @@ class Writer(Values):
         return self._literal(leaf), Kind.NUMBER
 
     def _tensors(self, leaves: Sequence[Any]) -> tuple[str, Kind]:
-        """The expression of several tensors that are one argument, such as those of ``torch.cat``."""
+        """Return the expression of several tensors that are one argument, such as those of ``torch.cat``."""
         texts: list[str] = []
         loop: list[tuple[str, str]] = []
         kinds = [Kind.NUMBER]
@@ -153,7 +153,7 @@ class Writer(Values):
             self.memory[result] = self.memory[call.args[0].number]
         leaf = call.args[0] if call.args else None
         if call.name == "_to_copy" and not (isinstance(leaf, Ref) and leaf.number not in self.numbers):
-            self.names[result], self.kinds[result] = arguments[0]  # a number, or one for each tensor
+            self.names[result], self.kinds[result] = arguments[0]  # a plain number, or one for each tensor
             self.numbers.add(result)
         elif kind is Kind.NUMBER and call.name in NUMBERS:
             self.kinds[result] = Kind.NUMBER
@@ -170,7 +170,7 @@ class Writer(Values):
             self._write_list(index, call, name, arguments, options)
 
     def _use_reciprocal(self, index: int, call: Call, name: str, texts: list[str], kind: Kind) -> str:
-        """Make a quotient a product where that is faster; the name of the operation."""
+        """Make a quotient a product where that is faster, and return the name of the operation."""
         if name != "div" or call.kwargs or not isinstance(call.args[1], Ref) or kind < Kind.SHARED:
             return name
         divisor, size = call.args[1].number, math.prod(self._shape(call.results[0]))
@@ -186,7 +186,7 @@ class Writer(Values):
     def _write_single(
         self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any], kind: Kind
     ) -> None:
-        """A call on tensors, not lists."""
+        """Write a call on tensors, and not on lists."""
         result, texts = call.results[0], [text for text, _ in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
             name = self._use_reciprocal(index, call, name, texts, arguments[1][1])
@@ -198,7 +198,7 @@ class Writer(Values):
         if position is not None and has_method and (position == 0 or name in COMMUTATIVE):
             others = [text for place, text in enumerate(texts) if place != position]
             in_place = f"{texts[position]}.{name}_({', '.join(others)})"
-            has_none = name in ("maximum", "minimum")  # of which torch has no form in place
+            has_none = name in ("maximum", "minimum")  # torch has no form of these in place
             self.lines.append(f"torch.{name}({', '.join(texts)}, out={texts[position]})" if has_none else in_place)
             self._take(result, call.args[position].number)
             return
@@ -216,7 +216,7 @@ class Writer(Values):
             self._write_generic(index, call, name, arguments, options, kind)
 
     def _write_mixed_clamp(self, call: Call, texts: list[str], kind: Kind, *, in_place: bool) -> None:
-        """With a number and a tensor as bounds, which torch does not take together."""
+        """Write a clamp whose bounds are a number and a tensor, which torch does not take together."""
         text, lower, upper = texts
         if in_place:
             self.lines.append(f"{text}.clamp_min_({lower})")
@@ -228,7 +228,7 @@ class Writer(Values):
     def _write_list(
         self, index: int, call: Call, name: str, arguments: list[tuple[str, Kind]], options: dict[str, Any]
     ) -> None:
-        """A call on lists."""
+        """Write a call on lists."""
         result = call.results[0]
         texts = [f"{text}.unbind()" if kind is Kind.STACK else text for text, kind in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
@@ -273,12 +273,12 @@ class Writer(Values):
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
     def _is_fast_with_scalars(self, call: Call) -> bool:
-        """Whether a scalar of the dtype of a list is the same to torch as a number, and faster."""
+        """Whether a scalar tensor of the dtype of a list gives the same result as a number, and faster."""
         dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
         return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
     def _fits_list(self, call: Call, name: str, arguments: list[tuple[str, Kind]]) -> bool:
-        """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
+        """Whether a function for lists takes what all tensors share: numbers, or tensors without dimensions."""
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
         return not shared or (name in TAKES_SCALARS and all(self._shape(leaf.number) == () for leaf in shared))
 
@@ -307,7 +307,7 @@ class Writer(Values):
         options: dict[str, Any],
         kind: Kind,
     ) -> None:
-        """Any call, as a loop where it is one of lists."""
+        """Write any call, as a loop over its lists if it has some."""
         given: list[str] = []
         loop: list[tuple[str, str]] = []
         schema = call.target._schema.arguments
@@ -329,7 +329,7 @@ class Writer(Values):
         self._assign(call, expression, kind)
 
     def _function(self, index: int, call: Call, name: str, options: dict[str, Any]) -> str:
-        """The function to call: one of torch, which is faster, or the operation itself."""
+        """Return the function to call: one of torch, which is faster, or the operation itself."""
         if name == "norm":
             return "norm" if self._has_long_norms(index) else "vector_norm"
         if name in TAKES_NUMBERS and not options:
@@ -339,7 +339,7 @@ class Writer(Values):
         return f"aten.{name}"
 
     def _has_long_norms(self, index: int) -> bool:
-        """Whether a norm is one of so many elements that torch would lose digits of it."""
+        """Whether a norm is over so many elements that torch would lose digits of it."""
         return self.globals["device"].type == "cpu" and any(_is_long_norm(trace, index) for trace in self.traces)
 
     def _assign(self, call: Call, expression: str, kind: Kind) -> None:
@@ -359,7 +359,7 @@ class Writer(Values):
         self.lines.append(f"{', '.join(names)} = {expression}")
 
     def _as_tensor(self, text: str, kind: Kind, argument: Any, call: Call, leaf: Any) -> str:
-        """A number as a tensor, where the operation takes nothing else."""
+        """Return the text of a number as a tensor if the operation accepts only tensors, and other text as it is."""
         is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]") and text != "None"
         if kind is not Kind.NUMBER or not is_tensor:
             return text
@@ -367,7 +367,7 @@ class Writer(Values):
         return f"torch.tensor({text}, dtype={dtype}, device=device)"
 
     def _in_loop(self, text: str, kind: Kind, variable: str, loop: list[Any]) -> str:
-        """The argument, or the variable of a loop over it, which is added to ``loop``."""
+        """Return the argument, or the variable of a loop over it, which is added to ``loop``."""
         if kind < Kind.STACK or (self.single and kind is Kind.EACH):
             return text
         loop.append((variable, f"{text}.unbind()" if kind is Kind.STACK else text))
@@ -376,7 +376,7 @@ class Writer(Values):
     # Results
 
     def _write_results(self, index: int) -> None:
-        """Put each result into its home as soon as it is known and nothing needs what is there."""
+        """Write each result into the input that it replaces, once it is known and the old value is not needed."""
         is_end = index == len(self.trace.calls)
         for home, value in sorted(self.unwritten.items(), key=lambda pair: pair[0] == self.trace.inputs[TENSOR]):
             if value not in self.names:
@@ -390,7 +390,7 @@ class Writer(Values):
             if any(self.last_use.get(each, -1) > index or each in others for each in same):
                 continue
             text = self.names[value]
-            if self.memory[value] == home:  # a view of it, such as its transpose, which must be read before
+            if self.memory[value] == home:  # a view of the home, such as its transpose: read it before
                 text = f"{text}.clone()" if self.single else f"[each.clone() for each in {text}]"
             self._copy(self.names[home], text, self.kinds[value])
             del self.unwritten[home]
