@@ -83,7 +83,7 @@ class Plan:
         self._values: list[Any] = []
 
     def _share_states(self, part: Part) -> None:
-        """Give all parameters that share a state the same tensors, if possible those that have been in a step before."""
+        """Give parameters that share a state the same tensors, if possible those that have been in a step before."""
         by_age = sorted((self.items[number] for number in part.numbers), key=lambda item: item.is_new)
         for item in by_age:
             for key in part.states_of(item.states):
