@@ -103,7 +103,7 @@ def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) 
 
 
 def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any]) -> Group:
-    """Return ``group`` with the ``new`` defaults where it has the ``old`` ones, and without keys that are gone."""
+    """Return a copy of ``group`` with the ``new`` defaults in place of the ``old`` ones, without keys that are gone."""
     own = {
         key: value for key, value in group.items() if key not in old or (key in new and not is_same(value, old[key]))
     }

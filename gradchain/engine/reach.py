@@ -126,7 +126,7 @@ class _Reach:
 
         def likeness(name: str) -> int:
             matcher.set_seq1(name)
-            return sum(block.size**2 for block in matcher.get_matching_blocks())  # the rest does not count
+            return sum(block.size**2 for block in matcher.get_matching_blocks())  # only what matches counts
 
         close = heapq.nlargest(3, self.names, key=likeness)
         return (

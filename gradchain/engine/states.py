@@ -98,7 +98,7 @@ class TransformStates:
         self._fitted: dict[tuple[Tensor, str], Any] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
         self._seen: tuple[list[Tensor], list[State], list[State | None]] = [], [], []
-        """The inner optimizer's parameters, its states, and the transforms' in them, when it was last shown all."""
+        """The inner optimizer's parameters and states, and the states of transforms in these, as last shown to it."""
 
     def copy(self) -> TransformStates:
         """Return the same states in other tensors, to go on with apart from the optimizer."""

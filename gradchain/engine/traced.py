@@ -320,7 +320,7 @@ class _Attempt:
 
 
 def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the context for a stage. A combinator gets a parameter in ``post``, too, by which masks in it choose."""
+    """Return the context for a stage. A combinator gets ``param`` in ``post``, too, because masks in it may read it."""
     return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
 
 

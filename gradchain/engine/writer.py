@@ -46,7 +46,7 @@ def _is_long_norm(trace: Trace, index: int) -> bool:
 
 
 def _looped(expression: str, loop: Sequence[tuple[str, str]]) -> str:
-    """Return a list of ``expression`` for the values of variables, each given with the list that it goes over."""
+    """Return the code of a list of ``expression`` over ``loop``, pairs of a variable and the list that it goes over."""
     variables, lists = zip(*loop, strict=True)
     over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
     return f"[{expression} for {', '.join(variables)} in {over}]"
