@@ -37,9 +37,9 @@ class BoundTransform(Each):
     arguments: Mapping[str, Any]
     prefix: str
     is_named: bool = False
-    """Whether the prefix was given to it, and is not that of all transforms of its kind."""
+    """Whether ``named`` or ``numbered`` has given the prefix, and not the factory."""
     own_keys: Mapping[str, str] = field(default_factory=dict)
-    """The keys of hyperparameters that have no prefix, by the name of the parameter."""
+    """The keys of hyperparameters that have no prefix, by the name of the hyperparameter."""
     is_numbered: bool = False
     """Whether the prefix was given to it for its number among its kind."""
     needed: tuple[str, ...] = field(init=False)
@@ -64,40 +64,40 @@ class BoundTransform(Each):
         definition.read_annotations()
 
     def key(self, name: str) -> str:
-        """The key of a parameter in a group."""
+        """Return the key of a hyperparameter in a group."""
         return self.own_keys.get(name, f"{self.prefix}.{name}")
 
     def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
-        """The counters, which are the same for all parameters."""
+        """Return the counters, which are the same for all parameters."""
         return dict(states[0])
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
-        """What its state has under the key that was declared for it."""
+        """Return what ``state`` has under the key that was declared for the average."""
         key = self.definition.average
         return [state[key]] if key in state else []
 
     def shares(self, key: str) -> bool:
-        """Whether its state depends on the view over all tensors."""
+        """Whether the state is the same for all tensors, because it depends on what is measured of all."""
         return self.shares_state
 
     def functions(self) -> Iterable[Callable[..., Any]]:
-        """The function that was decorated."""
+        """Return the function that was decorated."""
         return [self.definition.function]
 
     def after_skip(self, state: State) -> None:
         """Call the function that was registered with ``on_skip``."""
-        if state:  # or the parameter is not selected
+        if state:  # it is empty if the parameter is not selected
             self.definition.after_skip(state, **self.arguments)
 
     @property
     def state_name(self) -> str:
-        """The name of the factory, whatever its hyperparameters are called."""
+        """The name of the factory, whatever prefix the hyperparameters have."""
         return self.definition.name
 
     def named(self, prefix: str | None = None, /, **keys: str) -> BoundTransform:
         """Keep the hyperparameters under ``"<prefix>.<parameter>"``, or under keys of your own.
 
-        Transforms of the same kind have keys of their own without it, by their number: ``"clamp_2.min"``. With it the
+        Without a name, transforms of the same kind have keys by their number: ``"clamp_2.min"``. With a name the
         keys stay the same when another transform joins the chain, and transforms of the same name share them.
 
         Args:
@@ -106,7 +106,7 @@ class BoundTransform(Each):
 
         Raises:
             TypeError: Neither is given, a name is no string or empty, or the transform has no such hyperparameter.
-            ValueError: A key is one that an optimizer sets for other purposes, or two hyperparameters have the same.
+            ValueError: A key is one that an optimizer sets for other purposes, or two hyperparameters have one key.
 
         Example:
             >>> from gradchain import clamp, project_l2_ball
@@ -138,20 +138,20 @@ class BoundTransform(Each):
         return named
 
     def numbered(self, prefix: str) -> BoundTransform:
-        """The same under the prefix of its number among its kind, as in ``"scale_2.factor"``."""
+        """Return the same under the prefix of its number among its kind, as in ``"scale_2.factor"``."""
         named = self.named(prefix)
         return BoundTransform(self.definition, self.arguments, prefix, named.is_named, named.own_keys, is_numbered=True)
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> BoundTransform:
-        """``change(self)``."""
+        """Return ``change(self)``."""
         return change(self)
 
     def start(self, tensor: Tensor, group: Group) -> Tensor:
-        """Where the state of a parameter ``tensor`` starts."""
+        """Return the tensor from which ``begin`` makes the first state of a parameter ``tensor``."""
         return tensor if self.definition.start is None else self.definition.start(tensor, group, **self._read(group))
 
     def begin(self, tensor: Tensor, group: Group) -> State:
-        """The first state that starts at ``tensor``; empty where there is none to keep."""
+        """Return the first state, made from ``tensor``, which is empty if there is nothing to keep."""
         if self.definition.init is None:
             return {}
         state = self.definition.init(*widen(tensor, group), **self._read(group))
@@ -160,13 +160,13 @@ class BoundTransform(Each):
         return state
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """What it acts on; see ``Stage.units``."""
+        """Return what the transform acts on; see ``Stage.units``."""
         if self.definition.measure is not None:
             return (None,)
         return (0 if self.definition.acts_on == "element" else tensor.ndim,)
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
-        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        """Return what ``act`` finds in its group about all tensors, and the next state, if all tensors share one."""
         if self.definition.measure is None:
             return {}, state
         arguments = {**self._read(group), "group": group} if self.definition.measures_group else self._read(group)
@@ -180,7 +180,7 @@ class BoundTransform(Each):
         return view, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
-        """Call the function."""
+        """Call the function that was decorated."""
         wide, wide_group = widen(tensor, group)
         function = self.definition.function
         arguments = self._read_in(group, wide.real.dtype)
@@ -218,7 +218,7 @@ class BoundTransform(Each):
         self.definition.validate({**self.arguments, **overrides}, self.prefix, self.own_keys)
 
     def _read_in(self, group: Group, dtype: torch.dtype) -> Mapping[str, Any]:
-        """The arguments, with the hyperparameters in ``group``; tensors without dimensions in ``dtype``."""
+        """Return the arguments with the values in ``group``, and convert tensors without dimensions to ``dtype``."""
         arguments = self._read(group)
         if not any(isinstance(value, Tensor) for value in arguments.values()):
             return arguments
@@ -228,7 +228,7 @@ class BoundTransform(Each):
         }
 
     def _require_key_of(self, state: State, error: KeyError) -> None:
-        """Raise where ``error`` is for lack of a key of ``state``; not a ``with``, which torch 2.6 cannot compile."""
+        """Raise if ``error`` is for lack of a key of ``state``. It is no ``with``, which torch 2.6 cannot compile."""
         if not state and error.args and error.args[0] not in CONTEXT:
             raise ValueError(
                 f"{self!r}: the state has no {error.args[0]!r}; it comes from state = t.init(tensor, group), "
@@ -236,7 +236,7 @@ class BoundTransform(Each):
             ) from None
 
     def _overrides(self, group: Group) -> dict[str, Any]:
-        # Names and keys are in the same order. Identity suffices: in an optimizer, groups hold the defaults themselves.
+        # Names and keys are in the same order. Identity suffices, since the groups of an optimizer hold the defaults.
         named = zip(self.definition.hyperparameters, self.hyperparameters.items(), strict=True)
         return {name: group[key] for name, (key, default) in named if group.get(key, default) is not default}
 
@@ -286,7 +286,7 @@ class BoundTransform(Each):
         return _rebuild, (self.definition.factory, dict(self.arguments), *names)
 
 
-# Hydra takes an instance of a dataclass for a config, and would hand on its fields in its place.
+# Hydra takes an instance of a dataclass for a config, and would pass on the fields instead of the instance.
 del BoundTransform.__dataclass_fields__
 
 

@@ -46,14 +46,15 @@ def broadcast(transform: Transform, param_ndim: int | FromGroup | None = FROM_GR
     ``4`` or None    (d0, d1, d2, d3)
     ===============  =====================
 
-    The context, ``group["param"]`` and ``group["grad"]``, is mapped along. The result equals that of a Python loop;
+    The context, ``group["param"]`` and ``group["grad"]``, is mapped likewise. The result equals that of a Python loop;
     it is computed with ``torch.func.vmap``. A chain is broadcast member by member, and a member that is broadcast
     already keeps its own ``param_ndim``.
 
     Args:
         transform: Any callable ``(tensor, group) -> tensor``.
-        param_ndim: The number of dimensions of a sub-tensor, or, negative, how many fewer they are than the tensor's;
-            None for the whole tensor. Read from ``group["param_ndim"]`` when left out.
+        param_ndim: The number of dimensions of a sub-tensor. A negative number says how many fewer dimensions a
+            sub-tensor has than the tensor, and None stands for the whole tensor. When left out, ``param_ndim`` is read
+            from ``group["param_ndim"]``.
 
     Raises:
         TypeError: ``param_ndim`` is neither an int nor None.
@@ -107,35 +108,35 @@ class Broadcast(Each):
 
     @property
     def state_name(self) -> str:
-        """That of the transform."""
+        """The state name of the wrapped transform."""
         return self.stage.state_name
 
     def functions(self) -> Iterable[Callable[..., Any]]:
-        """Those of the transform."""
+        """Return the functions of the wrapped transform."""
         return self.stage.functions()
 
     def shares(self, key: str) -> bool:
-        """Whether the transform shares it."""
+        """Whether the value under ``key`` of the wrapped transform's state is the same for all tensors."""
         return self.stage.shares(key)
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
-        """Those of the transform."""
+        """Return the averages of ``param`` that the wrapped transform keeps in ``state``."""
         return self.stage.averages(state, param)
 
     def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
-        """Those of the transform."""
+        """Return the figures that the wrapped transform makes for people."""
         return self.stage.report(states, sizes)
 
     def after_skip(self, state: State) -> None:
-        """Ask the transform."""
+        """Let the wrapped transform raise if the step should not have been called off."""
         self.stage.after_skip(state)
 
     def start(self, tensor: Tensor, group: Group) -> Tensor:
-        """Where the state of a parameter ``tensor`` starts."""
+        """Return the tensor from which ``begin`` makes the first state of a parameter ``tensor``."""
         return self.stage.start(tensor, group)
 
     def begin(self, tensor: Tensor, group: Group) -> State:
-        """The first state: that of each sub-tensor, stacked."""
+        """Return the first states of all sub-tensors, stacked, or the one state that all tensors share."""
         if self.shares_state:
             return self.stage.begin(tensor, group)
 
@@ -146,7 +147,7 @@ class Broadcast(Each):
         return state
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
-        """What the transform measures, of the whole tensors."""
+        """Return what the wrapped transform measures of the whole tensors, and its next state."""
         return self.stage.measure(tensors, group, state)
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -163,7 +164,7 @@ class Broadcast(Each):
         def act(sub_tensor: Tensor, sub_context: Group, sub_state: State) -> tuple[Tensor, State]:
             return self.stage.act(sub_tensor, with_keys(group, sub_context), sub_state)
 
-        inputs = look_at(tensor, context)  # out here: within vmap, tensors do not count writes
+        inputs = look_at(tensor, context)  # not in the mapped function, where tensors do not count writes
         try:
             result, new_state = self._map(act, tensor, group)(tensor, context, {} if self.shares_state else state)
         except RuntimeError as error:
@@ -177,14 +178,14 @@ class Broadcast(Each):
         return result, state if self.shares_state else new_state
 
     def _map(self, function: Callable[..., Any], tensor: Tensor, group: Group) -> Callable[..., Any]:
-        """``function``, mapped over each dimension of ``tensor`` outside of the sub-tensors."""
+        """Return ``function``, mapped over each dimension of ``tensor`` outside of the sub-tensors."""
         unit_ndim = self.unit_ndim(tensor.ndim, group) if tensor.numel() else None
         for _ in range(0 if unit_ndim is None else tensor.ndim - unit_ndim):
             function = vmap(function, randomness="different")
         return function
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """What it acts on; see ``Stage.units``."""
+        """Return what the transform acts on; see ``Stage.units``."""
         units = self.stage.units(tensor, group)
         if units != (tensor.ndim,):
             return units
@@ -196,12 +197,12 @@ class Broadcast(Each):
         self.stage.check(group)
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
-        """The same around another transform; itself if nothing changes."""
+        """Return the same broadcast of the changed transform, or itself if nothing changes."""
         stage = self.stage.replaced(change)
         return self if stage is self.stage else Broadcast(stage, self.param_ndim)
 
     def unit_ndim(self, ndim: int, group: Group) -> int | None:
-        """The number of dimensions of the sub-tensors, or None where the transform acts on the whole tensor anyway."""
+        """Return the number of dimensions of the sub-tensors, or None if the transform can get the whole tensor."""
         param_ndim = self.param_ndim
         acts_on = self.transform.definition.acts_on if isinstance(self.transform, BoundTransform) else "unit"
         if acts_on != "unit" and isinstance(param_ndim, FromGroup):
@@ -254,7 +255,7 @@ def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
 
 
 def sub_ndim(ndim: int, param_ndim: int | None) -> int:
-    """The number of dimensions of the sub-tensors that ``param_ndim`` chooses in a tensor of ``ndim`` dimensions."""
+    """Return how many of the ``ndim`` dimensions of a tensor its sub-tensors have, as ``param_ndim`` says."""
     param_ndim = require_param_ndim(param_ndim)
     if param_ndim is None:
         return ndim

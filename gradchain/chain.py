@@ -53,11 +53,11 @@ class Chain(Combinator, Sequence[Transform]):
 
     @property
     def state_name(self) -> str:
-        """``"chain"``, where another transform has a chain inside."""
+        """``"chain"``, which names the state if another combinator has a chain inside."""
         return "chain"
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first states of the stateful members. Their keys begin with the names of the members."""
+        """Return the first states of the stateful members. Their keys begin with the names of the members."""
         state: State = {}
         for index in self.keys:
             state.update(beneath(self.stages[index].init(tensor, group), self.path(index)))
@@ -95,7 +95,7 @@ class Chain(Combinator, Sequence[Transform]):
     def split(
         self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
     ) -> Iterator[Part]:
-        """The stages of its members, in order."""
+        """Yield the stages of the members, in order."""
         for index, stage in enumerate(self.stages):
             try:
                 parts = list(stage.split(groups, numbers, path + self.path(index), (*places, self.place(index))))
@@ -105,7 +105,7 @@ class Chain(Combinator, Sequence[Transform]):
             yield from parts
 
     def rebuild(self, members: Iterable[Transform]) -> Chain:
-        """A chain of other members."""
+        """Return a chain of other members."""
         return chain(*members)
 
     def __len__(self) -> int:

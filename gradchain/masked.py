@@ -22,13 +22,14 @@ def masked(transform: Transform, where: Where) -> Combinator:
     """Apply a transform to some parameters, or to some entries, and leave the others as they are.
 
     Args:
-        transform: Any transform. A view over all tensors, such as a global norm, is one over the selected parameters;
-            with a mask of entries, over all entries.
-        where: Which ones: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named parameters; a
-            function of the group, ``(group) -> bool``, called for each parameter, which finds there the keys of the
-            param group, ``"param"``, ``"shape"``, ``"index"`` and, if it is known, ``"name"``; or a boolean tensor that
-            broadcasts to each parameter and selects entries. An optimizer asks again when other parameters have
-            gradients, and not in every step. What is selected must not change while there is a state.
+        transform: Any transform. One that measures all tensors, such as their global norm, measures the selected
+            parameters; with a mask of entries, it measures all entries.
+        where: What to select: a pattern of parameter names, such as ``"*.bias"``, if the optimizer has named
+            parameters; a function of the group, ``(group) -> bool``; or a boolean tensor that broadcasts to each
+            parameter and selects entries. The function is called for each parameter, and finds in the group the keys of
+            the param group, ``"param"``, ``"shape"``, ``"index"`` and, if it is known, ``"name"``. An optimizer asks
+            again when other parameters have gradients, and not in every step. The selection must not change while there
+            is a state.
 
     Raises:
         TypeError: ``where`` is none of these.
@@ -70,9 +71,9 @@ def partition(transforms: Mapping[Any, Transform], by: str = "name") -> Partitio
     Raises:
         TypeError: ``transforms`` is no mapping.
         ValueError: Two transforms have the same name, given by ``.named``, and different defaults.
-            When called: the group has no such key, or a parameter is of no kind that there is.
-        UserWarning: In an optimizer, at construction: a pattern matches no name, which can be meant, since the same
-            kinds serve several models.
+            When called: the group has no such key, or no transform is for the kind of a parameter.
+        UserWarning: In an optimizer, at construction: a pattern matches no name. This is no error, since the same
+            kinds can serve several models.
 
     Example:
         >>> from gradchain import scale, sign
@@ -95,7 +96,7 @@ def freeze(where: Where) -> Combinator:
     that ``pre`` measures; ``requires_grad_(False)`` leaves them out.
 
     Args:
-        where: Which ones, as in ``masked``. For several patterns, ``chain(freeze("a.*"), freeze("b.*"))``.
+        where: What to freeze, as in ``masked``. For several patterns, ``chain(freeze("a.*"), freeze("b.*"))``.
 
     Raises:
         TypeError: ``where`` is of the wrong type.
@@ -120,16 +121,16 @@ class Masked(Combinator):
         self.where = where
 
     def path(self, index: int) -> str:
-        """Nothing: its state is that of the transform."""
+        """Return an empty beginning, because the state is that of the wrapped transform."""
         return ""
 
     @property
     def state_name(self) -> str:
-        """That of the transform, whose state it is."""
+        """The state name of the wrapped transform."""
         return self.stages[0].state_name
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state of the transform, if the parameter is selected."""
+        """Return the first state of the wrapped transform, or an empty one if the parameter is not selected."""
         return self.stages[0].init(tensor, group) if self.selects(group) else {}
 
     def run(
@@ -145,7 +146,7 @@ class Masked(Combinator):
     def split(
         self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
     ) -> Iterator[Part]:
-        """The stages of the transform, for the tensors that are selected; itself, where it selects entries."""
+        """Yield the stages of the transform for the selected tensors, or the stage itself if it selects entries."""
         if isinstance(self.where, Tensor):
             yield from super().split(groups, numbers, path, places)
         else:
@@ -153,15 +154,15 @@ class Masked(Combinator):
             yield from self.stages[0].split(groups, chosen, path, places)
 
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
-        """The same for another transform."""
+        """Return the same selection for another transform."""
         return masked(members[0], self.where)
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
-        """Those of the transform, with the values of ``param`` where it is not selected."""
+        """Return the averages that the transform keeps, with the entries of ``param`` that are not selected."""
         return [self.mix(average, param) for average in super().averages(state, param)]
 
     def mix(self, result: Tensor, tensor: Tensor) -> Tensor:
-        """``result`` where it is selected, and ``tensor`` elsewhere."""
+        """Return the selected entries of ``result``, and the other entries of ``tensor``."""
         if not isinstance(self.where, Tensor) or not tensor.numel():
             return result
         mask = self.where.to(tensor.device).expand(tensor.shape)
@@ -178,7 +179,7 @@ class Masked(Combinator):
             raise
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """What the transform acts on, if the parameter is selected; see ``Stage.units``."""
+        """Return what the transform acts on, or nothing if the parameter is not selected; see ``Stage.units``."""
         return super().units(tensor, group) if self.selects(group) else ()
 
     def selects(self, group: Group) -> bool:
@@ -206,7 +207,7 @@ class Partition(Combinator):
         self.by = by
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state of the transform for this kind. Its keys begin with the name of the transform."""
+        """Return the first state of the transform for this kind. Its keys begin with the name of the transform."""
         kind = self.kind(group)
         return beneath(self.stages[kind].init(tensor, group), self.path(kind))
 
@@ -226,21 +227,21 @@ class Partition(Combinator):
     def split(
         self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
     ) -> Iterator[Part]:
-        """The stages of each transform, for the tensors of its kind."""
+        """Yield the stages of each transform, for the tensors of its kind."""
         kinds = {i: self.kind(groups[i]) for i in numbers}
         for kind, stage in enumerate(self.stages):
             yield from stage.split(groups, [i for i in numbers if kinds[i] == kind], path + self.path(kind), places)
 
     def rebuild(self, members: Sequence[Transform]) -> Partition:
-        """The same with other transforms."""
+        """Return the same partition with other transforms."""
         return Partition(dict(zip(self.kinds, members, strict=True)), self.by)
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """What the transform for this kind acts on; see ``Stage.units``."""
+        """Return what the transform for this kind acts on; see ``Stage.units``."""
         return self.stages[self.kind(group)].units(tensor, group)
 
     def kind(self, group: Group) -> int:
-        """Which of the stages is for the parameter of ``group``."""
+        """Return the index of the stage that is for the parameter of ``group``."""
         value = _read(group, self.by, self)
         for index, kind in enumerate(self.kinds):
             if matches(value, kind) if isinstance(kind, str) and isinstance(value, str) else value == kind:
@@ -276,11 +277,11 @@ def _run_some(
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of names is one of ``name``."""
+    """Whether ``name`` matches ``pattern``."""
     return fnmatchcase(name, pattern)
 
 
-# Or torch.compile would trace what ``fnmatch`` does. Its own decorator, which sets this, takes a second to import.
+# This keeps torch.compile from tracing what ``fnmatch`` does. The decorator of torch for it takes a second to import.
 matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -33,14 +33,14 @@ class Part(NamedTuple):
 
     stage: Stage
     path: str
-    """How the keys of its states begin."""
+    """How the keys of the stage's states begin."""
     numbers: Sequence[int]
-    """Which of the tensors it is for."""
+    """The numbers of the tensors that the stage is for."""
     places: tuple[str, ...]
-    """The words that say where it is, from the outside in."""
+    """The words that say where the stage is, from the outermost combinator to the innermost."""
 
     def states_of(self, states: State) -> State:
-        """Its own among all ``states`` of a tensor."""
+        """Return the states of this stage among all ``states`` of a tensor."""
         return below(states, self.path)
 
 
@@ -53,52 +53,52 @@ class Stage(ABC):
     stateful: bool = False
 
     shares_state: bool = False
-    """Whether there is state that depends on the view over all tensors alone, so that it is one for all of them."""
+    """Whether some of the state depends only on what is measured of all tensors, so that all tensors share it."""
 
     starts_early: bool = False
-    """Whether there is state that is to be made when an optimizer is constructed, and not in its first step."""
+    """Whether some of the state has to be made when an optimizer is constructed, and not in its first step."""
 
     measures: bool = False
-    """Whether it has to see all tensors of the optimizer together."""
+    """Whether the stage has to see all tensors of the optimizer together."""
 
     measures_shards: bool = False
-    """Whether it can measure distributed tensors."""
+    """Whether the stage can measure distributed tensors."""
 
     acts_on_each: bool = True
-    """Whether it acts on each tensor by itself, once all are measured; else it gets all of them at once."""
+    """Whether the stage acts on each tensor by itself, once all are measured. If not, it gets all of them at once."""
 
     is_identity: bool = False
-    """Whether it returns the very tensors that it gets, sharded or not, and never raises: it only looks at them."""
+    """Whether the stage only looks at tensors, sharded or not: it returns them as they are, and never raises."""
 
     every: int = 1
-    """If it is the identity, it runs in the first step, and in those whose number is a multiple of this."""
+    """A stage that is the identity runs in the first step, and in each step whose number is a multiple of ``every``."""
 
     counts: bool = False
-    """Whether it counts how often it acts, once it is asked to."""
+    """Whether the stage counts how often it acts, once it is asked to."""
 
     reports: tuple[str, ...] = ()
-    """The keys of its state from which ``report`` makes figures."""
+    """The keys of the state from which ``report`` makes figures."""
 
     skip_keys: tuple[str, ...] = ()
-    """The keys of its state that say whether to call the step off."""
+    """The keys of the state that say whether to call the step off."""
 
     keeps_average: bool = False
-    """Whether its state holds an average of the parameter, to evaluate with."""
+    """Whether the state holds an average of the parameter, which serves for evaluation."""
 
     @property
     @abstractmethod
     def state_name(self) -> str:
-        """What its state is called within that of a chain, in checkpoints too."""
+        """The name of the stage's state within the state of a chain, and so in checkpoints."""
 
     @abstractmethod
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        """Return the first state for a parameter ``tensor``, which is empty if there is nothing to keep."""
 
     @abstractmethod
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
-        """Transform all tensors of an optimizer, each with its group and state; nothing is written to."""
+        """Transform all tensors of an optimizer, each with its group and state, without writing to any of them."""
 
     @abstractmethod
     def check(self, group: Group) -> None:
@@ -106,13 +106,14 @@ class Stage(ABC):
 
     @abstractmethod
     def functions(self) -> Iterable[Callable[..., Any]]:
-        """The functions that it calls for each tensor."""
+        """Return the functions that the stage calls for each tensor."""
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """How many dimensions the parts of ``tensor`` have on which it acts, each by itself.
+        """Return the numbers of dimensions of the parts of ``tensor`` on which the stage acts, each by itself.
 
-        These are 0 for each element, and ``tensor.ndim`` for the whole tensor. None says that it acts on all tensors of
-        an optimizer together. It is empty where it leaves the tensor alone, and a combinator can have several.
+        The number is 0 for each element, and ``tensor.ndim`` for the whole tensor. None says that the stage acts on all
+        tensors of an optimizer together. The tuple is empty if the stage leaves the tensor alone, and a combinator can
+        have several numbers.
         """
         return (tensor.ndim,)
 
@@ -137,61 +138,61 @@ class Stage(ABC):
         return result, new_state
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
-        """Transform one tensor, given what was measured of all."""
+        """Transform one tensor, whose group has what was measured of all tensors."""
         return self.update(tensor, group, state)
 
     def measure(self, tensors: Sequence[Tensor], group: Group, state: State) -> tuple[Group, State]:
-        """What ``act`` finds in its group about all tensors, and the next state, if it is one for all of them."""
+        """Return what ``act`` finds in its group about all tensors, and the next state, if all tensors share one."""
         return {}, state
 
     def unit_ndim(self, ndim: int, group: Group) -> int | None:
-        """How many dimensions the sub-tensors have that it acts on, of a tensor of ``ndim``; None for the whole."""
+        """Return how many dimensions the sub-tensors of a tensor of ``ndim`` dimensions have; None for the whole."""
         return None
 
     def split(
         self, groups: Sequence[Group], numbers: Sequence[int], path: str = "", places: tuple[str, ...] = ()
     ) -> Iterator[Part]:
-        """The stages that it is made of, in order, each with those of the tensors ``numbers`` that it is for."""
+        """Yield the stages inside this stage, in order, each with those of the tensors ``numbers`` that it gets."""
         yield Part(self, path, numbers, places)
 
     def shares(self, key: str) -> bool:
-        """Whether what its state has under ``key`` is one for all tensors."""
+        """Whether the value under ``key`` of the state is the same for all tensors."""
         return False
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
-        """The averages of ``param`` in its state, to evaluate with."""
+        """Return the averages of ``param`` that ``state`` has, which serve for evaluation."""
         return []
 
     def report(self, states: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, float]:
-        """Figures for people, of what some parameters of ``sizes`` have under ``reports``, as Python numbers."""
+        """Return figures for people, made of the values under ``reports`` in the states of parameters of ``sizes``."""
         return {}
 
     def after_skip(self, state: State) -> None:  # noqa: B027 # most skip nothing
-        """Raise where a step was called off that should not have been, given the state after it."""
+        """Raise if the step that has ended in ``state`` should not have been called off."""
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
-        """The stage with ``change(transform)`` for each transform that a factory made; itself if nothing changes."""
+        """Return the stage with ``change(transform)`` for each transform of a factory, or itself if nothing changes."""
         return self
 
 
 class Each(Stage):
-    """A stage that measures all tensors at most, and then acts on each by itself."""
+    """A stage that acts on each tensor by itself, and can measure all tensors before."""
 
     def init(self, tensor: Tensor, group: Group) -> State:
-        """The first state for a parameter ``tensor``; empty where there is none to keep."""
+        """Return the first state for a parameter ``tensor``, which is empty if there is nothing to keep."""
         return self.begin(self.start(tensor, group), group)
 
     def start(self, tensor: Tensor, group: Group) -> Tensor:
-        """Where the state of a parameter ``tensor`` starts."""
+        """Return the tensor from which ``begin`` makes the first state of a parameter ``tensor``."""
         return tensor
 
     @abstractmethod
     def begin(self, tensor: Tensor, group: Group) -> State:
-        """The first state that starts at ``tensor``."""
+        """Return the first state, made from the tensor that ``start`` has returned."""
 
     @abstractmethod
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
-        """Transform one tensor, given what was measured."""
+        """Transform one tensor, whose group has what was measured of all tensors."""
 
     def run(
         self, tensors: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
@@ -224,11 +225,11 @@ class Function(Each):
 
     @property
     def state_name(self) -> str:
-        """There is no state to be named."""
+        """A placeholder, because a plain callable has no state to be named."""
         return "function"
 
     def begin(self, tensor: Tensor, group: Group) -> State:
-        """There is no state."""
+        """Return an empty state, because a plain callable has none."""
         return {}
 
     def act(self, tensor: Tensor, group: Group, state: State) -> tuple[Tensor, State]:
@@ -247,10 +248,10 @@ class Function(Each):
         return call_checked(self.function, call, tensor, group), state
 
     def check(self, group: Group) -> None:
-        """There are no hyperparameters."""
+        """Do nothing, because a plain callable has no hyperparameters."""
 
     def functions(self) -> Iterable[Callable[..., Any]]:
-        """The function."""
+        """Return the function."""
         return [self.function]
 
     def __eq__(self, other: object) -> bool:
@@ -261,7 +262,7 @@ class Function(Each):
 
 
 class Combinator(Stage):
-    """A stage made of others, its members."""
+    """A stage made of other stages, its members."""
 
     def __init__(self, members: Iterable[Transform]) -> None:
         self.members = tuple(require_transform(m, f"member {i} of {self.name}") for i, m in enumerate(members))
@@ -274,35 +275,35 @@ class Combinator(Stage):
         self.measures = any(stage.measures for stage in self.stages)
         self.acts_on_each = not self.measures and all(stage.acts_on_each for stage in self.stages)
         self.keys = _state_keys(self.stages)
-        """Under which key the state of each stateful member is, by its index: its name, and a number if it recurs."""
+        """The key of the state of each stateful member, by its index: its state name, and a number if that recurs."""
 
     name = "a combinator"
 
     @property
     def skip_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of its members."""
+        """The keys of the members' states that say whether to call the step off."""
         return tuple(self.path(i) + key for i in self.keys for key in self.stages[i].skip_keys)
 
     def shares(self, key: str) -> bool:
-        """Whether the member shares it whose state it is of."""
+        """Whether the value under ``key`` is the same for all tensors, which the member that has the key says."""
         members = [(self.stages[index], self.path(index)) for index in self.keys]
         return any(key.startswith(path) and stage.shares(key[len(path) :]) for stage, path in members)
 
     def averages(self, state: State, param: Tensor) -> list[Tensor]:
-        """Those of its members."""
+        """Return the averages of ``param`` that the members keep in ``state``."""
         members = [(self.stages[index], below(state, self.path(index))) for index in self.keys]
         return [average for stage, own in members for average in stage.averages(own, param)]
 
     def path(self, index: int) -> str:
-        """How the keys of the state of a member begin."""
+        """Return how the keys of a member's state begin."""
         return f"{self.keys.get(index, f'#{index}')}."
 
     def functions(self) -> Iterable[Callable[..., Any]]:
-        """Those of its members."""
+        """Return the functions of all members."""
         return [function for stage in self.stages for function in stage.functions()]
 
     def after_skip(self, state: State) -> None:
-        """Ask the members."""
+        """Let each member raise if the step should not have been called off."""
         for index in self.keys:
             self.stages[index].after_skip(below(state, self.path(index)))
 
@@ -313,23 +314,23 @@ class Combinator(Stage):
 
     @abstractmethod
     def rebuild(self, members: Sequence[Transform]) -> Combinator:
-        """The same with other members."""
+        """Return the same combinator with other members."""
 
     def replaced(self, change: Callable[[BoundTransform], BoundTransform]) -> Stage:
-        """The same with other members; itself if nothing changes."""
+        """Return the same combinator with changed members, or itself if nothing changes."""
         members = [member.replaced(change) if isinstance(member, Stage) else member for member in self.members]
         return self if all(map(is_, members, self.members)) else self.rebuild(members)
 
     def place(self, index: int) -> str:
-        """The words that say where a member is."""
+        """Return the words that say where a member is."""
         return f"stage {index}, {show(self.members[index])}"
 
     def places(self) -> list[tuple[str, Stage]]:
-        """The members, each with the words that say where it is."""
+        """Return the members, each with the words that say where it is."""
         return [(self.place(index), stage) for index, stage in enumerate(self.stages)]
 
     def units(self, tensor: Tensor, group: Group) -> tuple[int | None, ...]:
-        """What its members act on; see ``Stage.units``."""
+        """Return what the members act on; see ``Stage.units``."""
         return tuple(dict.fromkeys(unit for stage in self.stages for unit in stage.units(tensor, group)))
 
     def check(self, group: Group) -> None:
@@ -351,17 +352,17 @@ def _state_keys(stages: Iterable[Stage]) -> dict[int, str]:
 
 
 def below(state: State, path: str) -> State:
-    """The part of a state whose keys begin with ``path``, without it."""
+    """Return the part of a state whose keys begin with ``path``, under keys without ``path``."""
     return {key[len(path) :]: value for key, value in state.items() if key.startswith(path)}
 
 
 def beneath(state: State, path: str) -> State:
-    """``state`` as a part of another one, whose keys begin with ``path``."""
+    """Return ``state`` as a part of another state: under keys that begin with ``path``."""
     return {path + key: value for key, value in state.items()}
 
 
 def as_stage(transform: Transform) -> Stage:
-    """``transform`` itself, or a plain callable as a stage."""
+    """Return ``transform`` itself, or a plain callable as a stage."""
     return transform if isinstance(transform, Stage) else Function(transform)
 
 

@@ -23,9 +23,9 @@ from gradchain.stage import Part
 BLOCK_BYTES = 2**21
 """Tensors go through a program in blocks of about this size, which stay in the cache from one line to the next.
 
-Five stages over the gradients of ResNet-50 take 0.6 of the time that stage after stage takes, and 0.5 where large
+Five stages over the gradients of ResNet-50 take 0.6 of the time that they take one by one, and 0.5 where large
 tensors are cut into pieces. Smaller blocks gain nothing, and pieces of less than twice what torch gives to one thread
-(2**15 elements) would leave the others idle.
+(2**15 elements) would leave other threads idle.
 """
 
 
@@ -63,7 +63,7 @@ class Programs(Operation):
         try:
             for block in self.blocks:
                 block.call(block.inputs(work, keeps_states))
-        except Exception as error:  # as where there is no memory left
+        except Exception as error:  # such as a lack of memory
             locate(error, self.slot)
             raise
 
@@ -83,7 +83,7 @@ class Programs(Operation):
         return lines
 
     def _users(self) -> dict[str, dict[str, list[int]]]:
-        """The code of each program, and the tensors that go through it, by the way they do."""
+        """Return the code of each program, with the tensors that go through it, by the way in which they do."""
         users: dict[str, dict[str, list[int]]] = {}
         for block in self.blocks:
             users.setdefault(block.program.source, {}).setdefault(block.way, []).extend(block.numbers)
@@ -120,7 +120,7 @@ class Programs(Operation):
         all_forms = [item.example, *item.context.values(), *item.states.values()]
         if len(numbers) < 4 or any(is_distributed(v) or not v.is_contiguous() for v in all_forms):
             return False
-        copied = form.numel() * form.element_size() / 20000  # a copy of so many bytes takes a microsecond
+        copied = form.numel() * form.element_size() / 20000  # to copy 20000 bytes takes a microsecond
         inputs = [name for name in trace.inputs if _is_of_each(name)]
         stacked = len(inputs) * (0.15 + copied) + len(trace.outputs) * (0.35 + copied)
         return bool(sum(map(_cost, _calls_for_each(trace))) > 1.2 * stacked)
@@ -159,7 +159,7 @@ class Programs(Operation):
         )
 
     def reader(self, name: str, numbers: Sequence[int], trace: Trace, *, single: bool) -> Callable[[Pass], Any]:
-        """What gets the input ``name`` of a program for the tensors ``numbers``."""
+        """Return what gets the input ``name`` of a program for the tensors ``numbers``."""
         start, _, key = name.partition(":")
         item = self.items[numbers[0]]
         if start + ":" in (NUMBER, VALUE):
@@ -183,7 +183,7 @@ class Programs(Operation):
         return self._picker(None if name == TENSOR else key, numbers, single=single)
 
     def _picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
-        """What gets the tensors, or those of the context under ``key``."""
+        """Return what gets the tensors ``numbers``, or those of the context under ``key``."""
         if any(is_distributed(self.items[number].example) for number in numbers):
             return self._local_picker(key, numbers, single=single)
         if not single and list(numbers) == list(range(len(self.items))):
@@ -194,14 +194,14 @@ class Programs(Operation):
         pick: Callable[[Sequence[Any]], Any] = itemgetter(*numbers)
 
         def take(values: Sequence[Any]) -> Any:
-            if torch.compiler.is_compiling():  # where there is no itemgetter
+            if torch.compiler.is_compiling():  # which does not know itemgetter
                 return [values[number] for number in numbers]
             return pick(values)
 
         return (lambda work: take(work.tensors)) if key is None else (lambda work: take(work.context[key]))
 
     def _local_picker(self, key: str | None, numbers: Sequence[int], *, single: bool) -> Callable[[Pass], Any]:
-        """The same for distributed tensors, of which a program gets what this process has."""
+        """Return what gets distributed tensors, of which a program takes the part of this process."""
 
         def read(work: Pass) -> Any:
             values = work.tensors if key is None else work.context[key]
@@ -232,7 +232,7 @@ class Block:
         return self.program.single
 
     def inputs(self, work: Pass, keeps_states: bool) -> list[Any]:
-        """The inputs of the program, with copies of the states if the old ones are kept until the step is made."""
+        """Return the inputs of the program, with copies of states if the old ones are kept until the step is made."""
         given = [read(work) for read in self.readers]
         if keeps_states:
             for i in self.states:
@@ -244,7 +244,7 @@ class Block:
         self.program.run(*given, *self.constants)
 
     def _copies(self, states: Any, work: Pass) -> Any:
-        """Copies of states, which take the place of the originals when the step is done."""
+        """Return copies of states, which are written into the originals when the step is done."""
         if isinstance(states, Tensor):
             copy = states.clone()
             work.commits.append(partial(torch._foreach_copy_, [states], [copy]))
@@ -297,8 +297,8 @@ class Stacked(Block):
             torch._foreach_copy_(tensors, views)
 
     def _stack(self, name: str, tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``tensors`` in one, and what each became in it. Blocks of one form use the same memory for it."""
-        if torch.compiler.is_compiling():  # and the memory is that of the graph
+        """Return ``tensors`` stacked in one, and a view of each in it. Blocks of one form share the memory for it."""
+        if torch.compiler.is_compiling():  # which manages the memory of the graph itself
             stacked = torch.stack(tensors)
             return stacked, stacked.unbind()
         first = tensors[0]
@@ -316,7 +316,7 @@ def _is_of_each(name: str) -> bool:
 
 
 def _chunks(numbers: Sequence[int], size: Callable[[int], int]) -> Iterator[list[int]]:
-    """Cut into lists that fill a block each."""
+    """Yield lists of ``numbers`` that fill a block each."""
     chunk: list[int] = []
     total = 0
     for number in numbers:
@@ -330,7 +330,7 @@ def _chunks(numbers: Sequence[int], size: Callable[[int], int]) -> Iterator[list
 
 
 def _calls_for_each(trace: Trace) -> list[Call]:
-    """The calls that are made for each tensor, and not once for all of them."""
+    """Return the calls that are made for each tensor, and not once for all of them."""
     of_each = {number for name, number in trace.inputs.items() if _is_of_each(name)}
     calls = []
     for call in trace.calls:
@@ -341,10 +341,10 @@ def _calls_for_each(trace: Trace) -> list[Call]:
 
 
 def _cost(call: Call) -> float:
-    """About how many microseconds a call takes for a small tensor in a list."""
+    """Return about how many microseconds a call takes for a small tensor in a list."""
     name = RENAMED.get(call.name, call.name)
     if name in FOREACH:
         return 0.6
-    if name == "clamp":  # which a list does by two
+    if name == "clamp":  # which takes two calls for a list
         return 1.2
     return 2.0 if name == "norm" and len(call.args) <= 2 else 1.0 if name in VIEWS else 4.0

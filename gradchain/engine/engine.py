@@ -41,11 +41,11 @@ T = TypeVar("T")
 
 
 Numbered: TypeAlias = tuple[dict[str, Chain], dict[str, Chain]]
-"""The chain of each slot as it was given, and as its transforms have keys of their own."""
+"""The chain of each slot as it was given, and as it is once its transforms have keys of their own."""
 
 
 class Owner(Protocol):
-    """What the chains belong to."""
+    """The object that the chains belong to, such as an optimizer."""
 
     pre: Chain
     update: Chain
@@ -66,7 +66,7 @@ class Owner(Protocol):
 
 
 class Weak(Generic[T]):
-    """A reference that does not keep alive what it refers to; a copy refers to the copy of that.
+    """A reference that does not keep its object alive. A deep copy of it refers to the copy of the object.
 
     An optimizer and what belongs to it refer to each other. If both references were strong, ``del optimizer`` would
     leave the memory of all states to the garbage collector, which comes late.
@@ -76,7 +76,7 @@ class Weak(Generic[T]):
         self._reference = weakref.ref(value)
 
     def __call__(self) -> T:
-        """The object itself."""
+        """Return the object itself."""
         value = self._reference()
         if value is None:
             raise ReferenceError("the optimizer no longer exists; keep a reference to it as long as it is needed")
@@ -92,7 +92,7 @@ class Weak(Generic[T]):
 
 
 class Engine:
-    """Runs the chains of its owner. What it works out once is valid as long as the parameters are the same."""
+    """The chains of an owner, their states, and plans, which are kept as long as what they depend on stays the same."""
 
     def __init__(
         self,
@@ -118,23 +118,23 @@ class Engine:
         """The values from outside for the next step."""
         self._had_grads: Sequence[bool] = ()
         self.steps = 0
-        """How many have been made."""
+        """How many steps have been made."""
         self.counts: ByParam | None = None
-        """What stages count, once someone has asked."""
+        """What stages count, or None before ``start_counting``."""
         self.chains()
         self.note_keys()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is worked out, which is made anew."""
+        """Return all attributes without the plans and the table of parameters, which a copy makes anew."""
         return self.__dict__ | {"_plans": None, "_param_table": None}
 
     @property
     def owner(self) -> Owner:
-        """What the chains belong to."""
+        """The object that the chains belong to."""
         return self._owner()
 
     def trial(self, *, fused: bool = True) -> Engine:
-        """One that does the same with copies of the states."""
+        """Return an engine that does the same with copies of the states."""
         engine = Engine(self.owner, self.states.copy(), self.numbered, self.names, fused=fused)
         engine.signals = dict(self.signals)
         return engine
@@ -145,7 +145,7 @@ class Engine:
             self.counts, self._plans = {}, None
 
     def have_grads(self) -> Sequence[bool]:
-        """Which parameters had a gradient in the last step, as far as it is known."""
+        """Return which parameters had a gradient in the last step, or True for all if that is not known."""
         count = len(self.param_table.params)
         return self._had_grads if len(self._had_grads) == count else [True] * count
 
@@ -156,7 +156,7 @@ class Engine:
         self._is_settled = True
 
     def adopt(self, states: TransformStates) -> None:
-        """Go on with states that the inner optimizer has loaded, as soon as they are needed, as far as they fit."""
+        """Go on with states that the inner optimizer has loaded. Those that do not fit are dropped at the first use."""
         self.reset(states)
         self._is_settled = not states.by_param
 
@@ -185,18 +185,18 @@ class Engine:
         self._share_loaded()
 
     def synced_states(self) -> TransformStates:
-        """The states, as others have left them in the inner optimizer."""
+        """Return the states, after taking over what others have done to them in the inner optimizer."""
         if not self._is_settled:
             self._settle()
         if self.states.by_param:
             if self.states.take_over_from(self.owner.inner_opt):
                 self._plans = None
-            _ = self.param_table  # new parameters may have brought theirs along
+            _ = self.param_table  # this adopts the states that new parameters have brought along
         return self.states
 
     @property
     def param_table(self) -> ParamTable:
-        """The parameters."""
+        """The table of parameters, which is made anew when others are in the groups."""
         known = self._param_table
         if known is None or not known.is_of(self.owner.param_groups):
             known = ParamTable(self.owner.param_groups, self.names)
@@ -210,9 +210,9 @@ class Engine:
         return self._stages[slot]
 
     def chains(self) -> dict[str, Chain]:
-        """The chain of each slot, with the keys that its transforms have in the optimizer.
+        """Return the chain of each slot, with the keys that its transforms have in the optimizer.
 
-        Where others replace the chain of a slot, those of the other slots keep theirs.
+        If the chain of a slot is replaced, the transforms of the other slots keep their keys.
         """
         given: dict[str, Chain] = {slot: getattr(self.owner, slot) for slot in SLOTS}
         known, numbered = self.numbered
@@ -224,14 +224,14 @@ class Engine:
         return chains
 
     def number(self, given: dict[str, Chain]) -> dict[str, Chain]:
-        """``given``, a chain for each slot, with keys beside those of the slots that have theirs already."""
+        """Return ``given``, the chain of each slot. New chains get keys that unchanged chains do not have."""
         known, numbered = self.numbered
         kept = {slot: numbered[slot] for slot in SLOTS if given[slot] is known.get(slot)}
         new = {slot: each for slot, each in given.items() if slot not in kept}
         return {**given, **kept, **number_chains(new, prefixes(kept.values()))}
 
     def list_stages(self, chains: Mapping[str, Chain]) -> dict[str, list[tuple[str, str]]]:
-        """The stages of ``chains``, which are by slot, each with what it acts on."""
+        """Return the stages of ``chains``, which are by slot, each with what it acts on."""
         entries = self.param_table.entries
         params = [entry.param.detach() for entry in entries]
         return {
@@ -240,14 +240,14 @@ class Engine:
         }
 
     def entries_of(self, optimizer: Optimizer) -> list[ParamEntry]:
-        """The parameters that an optimizer has, which is the inner one, or one of several."""
+        """Return the parameters that an optimizer has, which is the inner one, or one of several."""
         groups = set(map(id, optimizer.param_groups))
         return [entry for entry in self.param_table.entries if id(entry.group) in groups]
 
     def read_state_dict(
         self, state_dict: Group, defaults: Group, optimizer: Optimizer
     ) -> tuple[TransformStates, Group]:
-        """The states in a state dict, and the state dict without them; or raise where either does not fit."""
+        """Return the states in a state dict, and the state dict without them; raise if either does not fit."""
         owner, entries = self.owner, self.entries_of(optimizer)
         if "param_groups" in state_dict:
             state_dict = arrange_by_name(state_dict, optimizer.param_groups, entries)
@@ -268,7 +268,7 @@ class Engine:
         self._keys = [set(group) for group in self.owner.param_groups]
 
     def check_keys(self) -> None:
-        """Raise where a group has got a key that is mistyped; a comparison of sets while there is no other key."""
+        """Raise or warn if a group has got a mistyped key. While no key is new, this only compares sets."""
         groups = self.owner.param_groups
         if len(groups) == len(self._keys) and all(map(eq, map(dict.keys, groups), self._keys)):
             return
@@ -279,7 +279,7 @@ class Engine:
         self.note_keys()
 
     def set_names(self, names: Names) -> None:
-        """Name parameters so from now on."""
+        """Use ``names`` for the parameters from now on."""
         self.names = names
         self._param_table = self._plans = None
 
@@ -292,7 +292,7 @@ class Engine:
         self._share_loaded()
 
     def _share_loaded(self) -> None:
-        """Put the states beside those that the inner optimizer has."""
+        """Put the states into the inner optimizer, for the parameters of which it has a state of its own."""
         inner_opt = self.owner.inner_opt
         self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
@@ -314,7 +314,7 @@ class Engine:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Make the states that depend on where the parameters start: on what they are now."""
+        """Make the states that depend on where the parameters start, from the present values of the parameters."""
         for slot in SLOTS:
             stage = self.stage(slot)
             if stage.starts_early:
@@ -328,7 +328,7 @@ class Engine:
         self.states.share_with(self.owner.inner_opt)
 
     def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
-        """What there is to do, made anew when anything that it depends on is not as it was."""
+        """Return the plans, which are made anew when anything that they depend on has changed."""
         owner, known = self.owner, self._plans
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads):
@@ -353,7 +353,7 @@ class Engine:
     def _make_plan(self, slot: str, param_table: ParamTable, grads: list[Any]) -> Plan:
         stage = self.stage(slot)
         is_transformed = [slot == "post" or grad is not None for grad in grads]
-        # Where a state is one for all parameters, those without a gradient keep up.
+        # If all parameters share a state, those without a gradient have it, too.
         stateful = [
             m for m, takes in zip(param_table.entries, is_transformed, strict=True) if takes or stage.shares_state
         ]

@@ -33,7 +33,7 @@ OF_ANY = {"param_ndim", "grad_scale", "grad_bias"}
 
 
 def make_chains(**slots: Transform | None) -> dict[str, Chain]:
-    """The chain of each slot."""
+    """Return the chain of each slot."""
     chains = {slot: chain() if t is None else chain(require_transform(t, slot)) for slot, t in slots.items()}
     for slot, members in chains.items():
         if members.keeps_average and slot != "post":
@@ -42,7 +42,7 @@ def make_chains(**slots: Transform | None) -> dict[str, Chain]:
 
 
 def number_chains(chains: Mapping[str, Chain], taken: Collection[str] = ()) -> dict[str, Chain]:
-    """The chains of all slots, in which no two transforms share keys, unless a common name says so."""
+    """Return the chains of all slots, in which no two transforms share keys, unless a common name says so."""
     stages = number_keys(chains.values(), taken)
     return {slot: cast("Chain", stage) for slot, stage in zip(chains, stages, strict=True)}
 
@@ -53,13 +53,13 @@ def prefixes(stages: Iterable[Stage]) -> set[str]:
 
 
 def hyperparameters(chains: Mapping[str, Chain]) -> dict[str, Any]:
-    """Those of all slots that have a default."""
+    """Return the hyperparameters of all slots that have a default."""
     places = ((f"{slot} {at}", t) for slot, members in chains.items() for at, t in members.places())
     return {key: value for key, value in merge_hyperparameters(places).items() if value is not FROM_GROUP}
 
 
 def require_new(values: Mapping[str, Any], optimizer: Optimizer, own: Mapping[str, Any]) -> None:
-    """Raise where a hyperparameter has a key of ``optimizer``, beside the keys that adapters gave it, its ``own``."""
+    """Raise if a hyperparameter has a key of ``optimizer`` that is not among ``own``, which adapters gave it."""
     defaults = defaults_of_any(optimizer)
     for key, value in values.items():
         # Keys with a dot are ours, and so are equal values in a copy of an optimizer that has transforms attached.
@@ -78,9 +78,9 @@ def own_defaults(
     given: Mapping[str, Any] | None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The keys that join the groups of ``optimizer``: ``options``, hyperparameters and what the user has ``given``.
+    """Return the keys that join the groups of ``optimizer``: ``options``, hyperparameters and what is ``given``.
 
-    Raise where one of them is a key of ``optimizer``, beside the keys that adapters gave it before, its ``own``.
+    Raise if one of them is a key of ``optimizer`` already, other than ``own``, which adapters gave it before.
     """
     require_new(hyperparameters(chains), optimizer, own)
     known = sorted((given or {}).keys() & (defaults_of_any(optimizer).keys() - own.keys() | {"params"}))
@@ -94,7 +94,7 @@ def own_defaults(
 
 
 def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
-    """Give each group the keys that it lacks, and make the numbers of other libraries Python's own."""
+    """Give each group the keys that it lacks, and turn numbers of other libraries into Python numbers."""
     for group in param_groups:
         for key, default in defaults.items():
             value = group.setdefault(key, default)
@@ -103,7 +103,7 @@ def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) 
 
 
 def replace_defaults(group: Group, old: Mapping[str, Any], new: Mapping[str, Any]) -> Group:
-    """A copy of ``group``, with the ``new`` defaults where it has the ``old`` ones, and without keys that are gone."""
+    """Return a copy of ``group`` with the ``new`` defaults in place of the ``old`` ones, without keys that are gone."""
     own = {
         key: value for key, value in group.items() if key not in old or (key in new and not is_same(value, old[key]))
     }
@@ -174,11 +174,11 @@ def check_support(group_index: int, group: Group) -> None:
 
 
 def warn_of_unread(param_groups: Iterable[Group], saved_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
-    """Warn where saved groups have hyperparameters for which there is no transform, and lack those that there are."""
+    """Warn if saved groups have hyperparameters that no transform has, and lack some that a transform has."""
     unread: dict[str, None] = {}
     lacking: dict[str, None] = {}
     for group, saved in zip(param_groups, saved_groups, strict=False):
-        if "param_ndim" in saved:  # or it is that of an optimizer without transforms
+        if "param_ndim" in saved:  # else the group was saved without transforms
             known = group.keys() | defaults.keys() | OF_OTHERS | OF_ANY
             unread |= dict.fromkeys(key for key in saved if key not in known and not key.startswith("initial"))
             lacking |= dict.fromkeys(sorted(defaults.keys() - saved.keys() - OF_ANY))
@@ -192,7 +192,7 @@ def warn_of_unread(param_groups: Iterable[Group], saved_groups: Iterable[Group],
 
 
 def describe(group_index: int, group: Group, index: int, name: str | None = None) -> str:
-    """Which parameter it is, by ``name`` or by that in the group, where there is one."""
+    """Return, in words, which parameter is meant, with ``name`` or the name in the group, if there is one."""
     param = group["params"][index]
     name = name or (group["param_names"][index] if "param_names" in group else None)
     words = "" if name is None else f" {name!r}"

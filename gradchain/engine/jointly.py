@@ -28,7 +28,7 @@ class Jointly(Operation):
     """A stage that gets all tensors at once, as it is, since it measures them or looks at them."""
 
     def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
-        # A state that is one for all tensors advances for all of them. What takes no part is a tensor without elements.
+        # A state that all tensors share advances for all of them. Those that take no part are given without elements.
         numbers = [i for i in part.numbers if items[i].is_transformed or part.stage.shares_state]
         super().__init__(slot, [part._replace(numbers=numbers)], items)
         self.part = part
@@ -46,7 +46,7 @@ class Jointly(Operation):
             tensors.append(see(given).detach() if item.is_transformed else form.new_empty((0,) * max(form.ndim, 1)))
             keys = item.context if item.is_transformed else ()
             context = {key: see(work.context[key][number]).detach() for key in keys}
-            # Masks in it read the parameter in ``post`` too, and that of what takes no part.
+            # Masks inside the stage read the parameter in ``post``, too, and also if its tensor takes no part.
             param = tensors[-1] if item.is_transformed else item.param.detach()
             groups.append({**item.full_group(), PLACE: item.place, "param": param, **context})
             states.append({key: gather(value) for key, value in self.part.states_of(item.states).items()})

@@ -1,4 +1,4 @@
-"""What a plan is made of: programs, and beside them what cannot be one."""
+"""The operations of which a plan is made, beside programs: functions that run as they are, and measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradchain.engine.traced import Traced, count_units, dependencies, seen_by
 from gradchain.stage import Part, Stage, below
 
 COUNTED = ("acted", "units")
-"""What a stage counts."""
+"""What a stage counts: the units on which it acted, and all units."""
 
 View: TypeAlias = dict[str, Any]
 """What a transform has measured of all tensors, by key."""
@@ -36,12 +36,12 @@ class SlotTensor(NamedTuple):
     param: Tensor
     """The parameter that the tensor is, or belongs to."""
     context: Mapping[str, Tensor]
-    """What there is of ``CONTEXT``, each like ``example``."""
+    """The tensors of ``CONTEXT`` that there are, each shaped like ``example``."""
     states: State
     """The states of all stages, which a step overwrites."""
     is_transformed: bool
     is_new: bool
-    """Whether its states have not been in a step yet."""
+    """Whether the states have not been in a step yet."""
     place: str
     """The words that say which parameter it is."""
     signals: Mapping[str, Tensor]
@@ -50,15 +50,15 @@ class SlotTensor(NamedTuple):
     """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
 
     def full_group(self) -> Group:
-        """The group, with the keys of the parameter and the signals."""
+        """Return the group, with the keys of the parameter and the signals."""
         return {**self.group, **self.own_keys, **self.signals}
 
     def value(self, key: str) -> Any:
-        """The value of ``key``, of the group or a signal."""
+        """Return the value of ``key`` in the group, or else among the signals."""
         return self.group[key] if key in self.group else self.signals[key]
 
     def counts_of(self, part: Part) -> State:
-        """What ``part`` counts, if it is asked to: how many of its units it acted on, and how many there were."""
+        """Return what ``part`` counts, if it is asked to: on how many units it acted, and how many there were."""
         if self.counts is None or not part.stage.counts:
             return {}
         for key in COUNTED:
@@ -67,7 +67,7 @@ class SlotTensor(NamedTuple):
         return below(self.counts, part.path)
 
     def of_shape(self, shape: tuple[int, ...]) -> SlotTensor:
-        """The same with plain tensors without data, those like ``example`` of another shape."""
+        """Return the same with plain tensors without data, where those shaped like ``example`` have ``shape``."""
         of_example = self.example.shape
 
         def plain(value: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class SlotTensor(NamedTuple):
 
 
 def whole_without_data(value: Tensor) -> Tensor:
-    """A plain tensor without data, of the shape that a distributed tensor has in all processes together."""
+    """Return a plain tensor without data, in the shape that a distributed tensor has in all processes together."""
     return torch.empty(value.shape, dtype=value.dtype, device=META) if is_distributed(value) else without_data(value)
 
 
@@ -94,7 +94,7 @@ class Pass:
     keeps_states: bool
     """Whether the old states stay as they are until ``commit``."""
     step: int = 1
-    """The number of the step, from 1 on, as far as it counts."""
+    """The number of the step, from 1 on; it stays 1 in a compiled graph."""
     commits: list[Callable[[], None]] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
     """What was measured, by the path of the stage that measures."""
@@ -114,16 +114,16 @@ class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner st
 
 
 class Operation(ABC):
-    """A stage, or several, and the tensors that it acts on."""
+    """One or several stages, and the tensors that they act on."""
 
     cannot_raise = False
-    """Whether all that it can raise has shown before the first step."""
+    """Whether a step can no longer raise, because making the plan has already tried all that could."""
     skips = False
     precedes_skip = False
     reads_params = True
-    """Whether it can read ``group["param"]``."""
+    """Whether a stage can read ``group["param"]``."""
     depends: Sequence[Callable[[], bool]] = ()
-    """Whether what it depends on besides the tensors is as it was."""
+    """Functions that tell whether what the operation depends on, besides the tensors, is unchanged."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot
@@ -138,31 +138,31 @@ class Operation(ABC):
     @property
     @abstractmethod
     def how(self) -> str:
-        """How it runs, in a few words."""
+        """How the operation runs, in a few words."""
 
     def describe(self) -> str:
-        """How it runs, and on how many tensors."""
+        """Return how the operation runs, and on how many tensors, in words."""
         return f"{self.how}, {count(self.numbers)}"
 
     def listing(self) -> list[str]:
-        """What runs, as lines of comments and of code."""
+        """Return what runs, as lines of comments and of code."""
         places = "; ".join(": ".join(part.places) for part in self.parts)
         return [" ".join(f"# {self.slot}: {places}: {self.describe()}".split())]
 
     def raise_if_skipped(self, stage: Stage, states: Sequence[tuple[State, State]]) -> None:
-        """Raise ``SkippedStep`` where one of ``states``, each the old and the new one, says not to make the step."""
-        # A flag that is still the old one is that of an earlier step: there was nothing to measure in this one.
+        """Raise ``SkippedStep`` if one of ``states``, pairs of old and new ones, says not to make the step."""
+        # A flag that is still the old tensor is from an earlier step, because this step had nothing to measure.
         flags = {
             id(new[key]): new[key] for old, new in states for key in stage.skip_keys if new.get(key) is not old.get(key)
         }
-        # The host waits for the device once: the flag of a state that is one for all tensors is one tensor.
+        # Flags are read together, those that tensors share once, so that the host waits for the device only once.
         if not flags or not bool(torch.stack(list(flags.values())).any()):
             return
 
         def keep_counters() -> None:
             for old, new in states:
                 for key in stage.skip_keys:
-                    path = key[: key.rfind(".") + 1]  # of the transform that skips, of which all is kept
+                    path = key[: key.rfind(".") + 1]  # the transform that skips keeps all its state
                     put_states(old, {name: value for name, value in new.items() if name.startswith(path)})
             try:
                 for _, new in states:
@@ -175,9 +175,9 @@ class Operation(ABC):
 
 
 def located(error: Exception, slot: str, part: Part, item: SlotTensor | None = None) -> Exception:
-    """``error``, saying in which slot, for which parameter and in which stage it was.
+    """Say in ``error`` in which slot, for which parameter and in which stage it was raised, and return it.
 
-    It is not raised here: the frame of this function would refer to it, and it to the frame.
+    It is not raised here: the frame of this function and the error would refer to each other, and be freed late.
     """
     for place in reversed(part.places):
         locate(error, place)
@@ -189,7 +189,7 @@ class AsItIs(Operation):
     """A function that runs as it is, on one tensor after the other; its result is written back.
 
     Args:
-        reason: Why it is no program.
+        reason: Why the function is no program.
     """
 
     gathers = False
@@ -225,11 +225,11 @@ class AsItIs(Operation):
         if self.gathers:
             put(result, given)
         elif result is not tensor:
-            # A result that is a view of the tensor, such as its transpose, must be read before.
+            # A result that is a view of the tensor, such as its transpose, must be read before the tensor is written.
             tensor.copy_(result.clone() if _storage(result) == _storage(tensor) else result)
 
     def context_of(self, number: int) -> Iterable[str]:
-        """The keys of the context that it gets."""
+        """Return the keys of the context that the function gets."""
         return self.items[number].context
 
     @property
@@ -244,7 +244,7 @@ class Gathering(AsItIs):
     """A function that needs the whole of distributed tensors, which all processes gather.
 
     Args:
-        traced: What is known of it for the whole tensors, where it can be traced.
+        traced: The trace of the function for each whole tensor, or None if it cannot be traced.
     """
 
     gathers = True
@@ -263,7 +263,7 @@ class Measure(Operation):
     """What a transform measures of all tensors, for the stage that then acts on each.
 
     Attributes:
-        view: Tensors without data, of the form of what it measures.
+        view: Tensors without data, of the form of what is measured.
     """
 
     def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor]) -> None:
@@ -278,15 +278,16 @@ class Measure(Operation):
         self.cannot_raise = self._measures_without_error()
 
     def _measures_without_error(self) -> bool:
-        """Measure tensors without data, so that what comes after it can be traced; whether that was possible.
+        """Measure tensors without data, so that what comes after can be traced, and return whether that was possible.
 
-        They have the shapes of the whole: a process can have no elements, of which not everything can be measured.
+        The tensors have the shapes of the whole, because a process can have no elements, of which some things, such as
+        the largest one, cannot be measured.
         """
         tensors = [whole_without_data(self.items[i].example) for i in self.acting]
         state = {key: whole_without_data(value) for key, value in (self.states or [{}])[0].items()}
         try:
             view, _ = self.part.stage.measure(tensors, self.items[self.acting[0]].full_group(), state)
-        except Exception:  # it needs the data, so what comes after it runs as it is
+        except Exception:  # measuring needs the data, so the stage that reads the result runs as it is
             return False
         self.view.update(view)
         return True
@@ -316,12 +317,12 @@ class Measure(Operation):
 
 
 def count(numbers: Sequence[int]) -> str:
-    """How many tensors there are, in words."""
+    """Return how many tensors there are, in words."""
     return f"{len(numbers)} tensor{'s'[: len(numbers) != 1]}"
 
 
 def put(result: Tensor, tensor: Any) -> None:
-    """Write ``result`` into ``tensor``, each process its part of it."""
+    """Write ``result`` into ``tensor``. Of a distributed tensor, each process writes its own part."""
     tensor.copy_(distribute_like(result, tensor) if is_distributed(tensor) else result)
 
 
@@ -335,12 +336,12 @@ def put_states(old: State, new: State, *, gathered: bool = True) -> None:
 
 
 def without_aliases(state: State, *inputs: Tensor) -> State:
-    """``state``, without memory shared with ``inputs`` or among its elements, since all are written to in place."""
+    """Return ``state`` without memory shared with ``inputs`` or among its elements, since steps write in place."""
     return without_storages(state, storages_of(inputs))
 
 
 def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
-    """The addresses of the memory of ``tensors``."""
+    """Return the addresses of the memory of ``tensors``."""
     return set(map(_storage, tensors)) - {None}
 
 
@@ -357,7 +358,7 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    if torch.compiler.is_compiling():  # where storages have no address, but copies that nothing needs are left out
+    if torch.compiler.is_compiling():  # storages have no address there, and needless copies are left out
         return 0
     tensor = local(tensor)
     is_known = tensor.layout is torch.strided and type(tensor) in (Tensor, Parameter)

@@ -27,15 +27,15 @@ class Plan:
 
     Args:
         slot: The name of the slot, for errors.
-        stage: What to do.
+        stage: The stage, which is the chain of the slot.
         items: The tensors.
-        fused: Whether stages can share a program. If not, each has its own, so that one can look between them.
+        fused: Whether stages can share a program. If not, each has its own, so that one can look at tensors in between.
 
     Attributes:
         operations: What runs, in order.
         touched: The numbers of the tensors that a stage acts on.
-        cannot_raise: Whether all that can raise has shown by now.
-        depends: Whether what it depends on besides the tensors is as it was.
+        cannot_raise: Whether a step can no longer raise, because making the plan has already tried all that could.
+        depends: Functions that tell whether what the plan depends on, besides the tensors, is unchanged.
         skips: Whether a stage can call the step off.
         reads_params: Whether a stage can read ``group["param"]``.
     """
@@ -83,7 +83,7 @@ class Plan:
         self._values: list[Any] = []
 
     def _share_states(self, part: Part) -> None:
-        """Let all parameters have the same tensors in what is one state for all of them: those that went on before."""
+        """Give parameters that share a state the same tensors, if possible those that have been in a step before."""
         by_age = sorted((self.items[number] for number in part.numbers), key=lambda item: item.is_new)
         for item in by_age:
             for key in part.states_of(item.states):
@@ -115,7 +115,7 @@ class Plan:
         return work
 
     def ways(self, place: str, number: int) -> list[str]:
-        """How the stage of the chain that is at ``place`` runs on a tensor, in a few words."""
+        """Return how the stage of the chain that is at ``place`` runs on a tensor, in a few words."""
         return [
             operation.how
             for operation in self.operations
@@ -123,7 +123,7 @@ class Plan:
         ]
 
     def listing(self) -> str:
-        """What runs, as comments and code."""
+        """Return what runs, as comments and code."""
         return "\n".join(line for operation in self.operations for line in operation.listing())
 
     def run_stage(self, place: str, work: Pass) -> None:
@@ -133,7 +133,7 @@ class Plan:
                 operation.run(work)
 
     def _make_operations(self, fused: bool) -> Iterator[Operation]:
-        """Stretches of stages that act on each tensor, and so share programs; what measures all of them is between."""
+        """Yield the operations in order. Stages in a row share programs, unless one needs all tensors or whole ones."""
         stretch: list[Part] = []
         views: dict[str, View] = {}
         for part in self.parts:
@@ -165,10 +165,10 @@ class Plan:
         yield from self._programs(stretch, views)
 
     def _gathered(self, part: Part, numbers: Sequence[int], views: Mapping[str, View]) -> dict[int, Traced | None]:
-        """The distributed tensors of which a stage needs the whole, each with the trace for that, if there is one.
+        """Return the distributed tensors of which a stage needs the whole, each with the trace for it, if there is one.
 
-        What this says is the same in all processes, or some would wait for others that gather nothing. So it depends on
-        the whole, and on what any process can have of it.
+        All processes must decide alike, because gathering waits for all. So the decision uses the whole tensor, its
+        units, which have one shape in all processes, or every shape that a shard can have, never the local shard alone.
         """
         found: dict[int, Traced | None] = {}
         for number in numbers:
@@ -180,7 +180,7 @@ class Plan:
                     trace_stages([part], item, views)
                     continue
                 whole = trace_stages([part], item.of_shape(tuple(item.example.shape)), views)
-            except UntracedStage:  # it may draw random numbers: those for the whole are others than for a part
+            except UntracedStage:  # it may draw random numbers, which differ between the whole and a part
                 found[number] = None
             else:
                 if not _is_for_each_element(part, item, whole, views):
@@ -188,7 +188,7 @@ class Plan:
         return found
 
     def _programs(self, parts: Sequence[Part], views: Mapping[str, View]) -> Iterator[Operation]:
-        """The programs of a stretch. A stage that cannot be traced runs as it is, between two stretches."""
+        """Yield the programs of ``parts``. A stage that cannot be traced runs as it is, between two programs."""
         if not parts:
             return
         try:
@@ -224,12 +224,12 @@ def _is_for_each_element(part: Part, item: SlotTensor, whole: Traced, views: Map
 
 
 def needs_dense(grad: Tensor) -> str:
-    """What is wrong with a sparse gradient."""
+    """Return what is wrong with a sparse gradient, in words."""
     return f"transforms need a dense gradient, got the layout {grad.layout}; use grad.to_dense()"
 
 
 class SlotPlans:
-    """The plan of each slot that has a chain, and what they depend on."""
+    """The plans of the slots that have a chain, and what the plans depend on."""
 
     def __init__(
         self, plans: dict[str, Plan], chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]
@@ -259,7 +259,7 @@ class SlotPlans:
         )
 
     def are_for(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> bool:
-        """Whether all that they depend on is as it was."""
+        """Whether all that the plans depend on is unchanged."""
         return (
             all(map(is_, self.chains, chains))
             and self.param_table is param_table

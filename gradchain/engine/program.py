@@ -15,15 +15,15 @@ from gradchain.engine.writer import Writer
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Generated code that does to each of its tensors what their traces say.
+    """Generated code that does to each tensor what the trace for it says.
 
     Attributes:
         source: The code.
-        run: The function: of what ``inputs`` names, then of the lists that ``constants`` returns.
+        run: The function. It takes the inputs that ``inputs`` names, and then the lists that ``constants`` returns.
         inputs: The names of the inputs.
-        outputs: The names of those that it overwrites.
-        single: Whether it takes one tensor at a time, without a list.
-        differing: What finds the numbers that differ from tensor to tensor.
+        outputs: The names of the inputs that the function overwrites.
+        single: Whether the function takes one tensor at a time, without a list.
+        differing: Functions that find, in a trace, a number that differs from tensor to tensor.
     """
 
     source: str
@@ -34,12 +34,12 @@ class Program:
     differing: tuple[Callable[[Trace], Any], ...]
 
     def constants(self, traces: Sequence[Trace]) -> list[list[Any]]:
-        """The numbers that differ from tensor to tensor, as lists."""
+        """Return the numbers that differ from tensor to tensor, as lists."""
         return [[find(trace) for trace in traces] for find in self.differing]
 
 
 def signature(trace: Trace) -> Any:
-    """What tensors of one program have in common: all but their sizes, and numbers that depend on them."""
+    """Return what the traces of one program have in common: everything but sizes and numbers."""
     places: dict[Any, int] = {}
     forms = [
         (places.setdefault((shape, stride), len(places)), len(shape), dtype) for shape, dtype, stride in trace.forms
@@ -60,15 +60,15 @@ def _without_number(leaf: Any) -> Any:
 
 
 def write(traces: tuple[Trace, ...], device: torch.device, *, single: bool) -> Program:
-    """The program for tensors whose traces have one signature.
+    """Return the program for tensors whose traces have one signature.
 
     Args:
         traces: The traces of the tensors, each once.
         device: Where the tensors are.
-        single: Whether it is for one tensor at a time, which it takes without a list.
+        single: Whether the program takes one tensor at a time, without a list.
     """
     keeps_tensors = any(constant.ndim for trace in traces for constant in trace.constants.values())
-    return (_write.__wrapped__ if keeps_tensors else _write)(traces, device, single)  # nothing else keeps them alive
+    return (_write.__wrapped__ if keeps_tensors else _write)(traces, device, single)  # a cache would keep them alive
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,7 +28,7 @@ def check_reach(
 ) -> None:
     """Raise where a pattern matches no name, or where ``param_ndim`` does not fit a parameter that needs it.
 
-    A kind of ``partition`` without a parameter is a warning: the same kinds can be meant for several models.
+    A kind of ``partition`` without a parameter is only a warning, because the same kinds can serve several models.
 
     Args:
         chains: The chain of each slot.
@@ -57,7 +57,7 @@ def check_setup(
     own_keys: Collection[str],
     hooked: Collection[str] = (),
 ) -> None:
-    """Raise or warn where groups, as they would be, do not fit the chains.
+    """Raise or warn where groups, as they are about to become, do not fit the chains.
 
     Args:
         groups: The groups, with all keys.
@@ -79,11 +79,11 @@ class _Reach:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        """Those of all parameters."""
+        """The names of all parameters; empty if not all parameters are checked."""
         self.unmatched: list[str] = []
 
     def check(self, stage: Stage, slot: str, entries: Sequence[ParamEntry]) -> None:
-        """Raise where something does not fit; what only a step can know is left to it."""
+        """Raise if something does not fit. What a function selects is not checked, because only a step can know it."""
         if isinstance(stage, Masked):
             if isinstance(stage.where, str):
                 entries = [m for m in entries if _ask(m, stage.selects, slot)]
@@ -121,12 +121,12 @@ class _Reach:
         return not self.names or any(matches(name, pattern) for name in self.names)
 
     def _similar(self, pattern: str) -> str:
-        """The names that are most like a pattern, in words."""
+        """Return the names that are most like a pattern, in words."""
         matcher = difflib.SequenceMatcher(b=pattern)
 
         def likeness(name: str) -> int:
             matcher.set_seq1(name)
-            return sum(block.size**2 for block in matcher.get_matching_blocks())  # whatever else a long name has
+            return sum(block.size**2 for block in matcher.get_matching_blocks())  # only what matches counts
 
         close = heapq.nlargest(3, self.names, key=likeness)
         return (
@@ -143,7 +143,7 @@ def _ask(entry: ParamEntry, which: Callable[[Group], T], slot: str) -> T:
 
 
 def _require_fit(entry: ParamEntry, stage: Stage | None = None) -> None:
-    """Raise where ``param_ndim`` does not fit, for a stage that needs it, or in any case."""
+    """Raise if ``param_ndim`` does not fit the parameter. A given ``stage`` has to need ``param_ndim``, too."""
     param_ndim = as_number(entry.group["param_ndim"])
     try:
         if isinstance(stage, Broadcast):

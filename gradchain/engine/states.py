@@ -26,7 +26,7 @@ ByParam: TypeAlias = dict[Tensor, State]
 SLOTS = ("pre", "update", "post")
 
 KEY = "transforms"
-"""Where, in the state of a parameter, the states of the transforms are. Their keys begin with the slot."""
+"""The key under which the state of a parameter has those of the transforms, whose own keys begin with the slot."""
 
 
 class ParamEntry(NamedTuple):
@@ -37,25 +37,25 @@ class ParamEntry(NamedTuple):
     position: tuple[int, int]
     number: int
     model_name: str | None = None
-    """Its name in the model that the optimizer knows."""
+    """The name of the parameter in the model that the optimizer knows."""
 
     def own_keys(self, slot: str) -> Group:
-        """What tells a transform where it acts, and on which parameter."""
+        """Return the keys that tell a transform where it acts, and on which parameter."""
         name = {} if self.name is None else {"name": self.name}
         return {"slot": slot, "index": self.number, "shape": tuple(self.param.shape), **name}
 
     def context(self, slot: str) -> Group:
-        """Its group, and what tells a transform where it acts."""
+        """Return the group of the parameter, with the keys that tell a transform where it acts."""
         return {**self.group, **self.own_keys(slot)}
 
     @property
     def name(self) -> str | None:
-        """Its name in the model, or else the one with which it was given to the optimizer, if there is one."""
+        """The name of the parameter in the model, or else the one given to the optimizer, if there is one."""
         names = self.group.get("param_names")
         return self.model_name or (names[self.position[1]] if names else None)
 
     def place(self) -> str:
-        """The words that say where the parameter is."""
+        """Return the words that say where the parameter is."""
         return describe(self.position[0], self.group, self.position[1], self.name)
 
 
@@ -74,7 +74,7 @@ class ParamTable:
         ]
 
     def is_of(self, param_groups: Sequence[Group]) -> bool:
-        """Whether these are the parameters in ``param_groups``."""
+        """Whether the table lists the parameters in ``param_groups``."""
         return len(param_groups) == len(self._lists) and all(
             group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
             for group, (known, params) in zip(param_groups, self._lists, strict=True)
@@ -92,17 +92,16 @@ class TransformStates:
         self._fitted: dict[Tensor, dict[str, Any]] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
         self._seen: tuple[list[Tensor], list[State], list[State | None]] = [], [], []
-        """What the inner optimizer had when it was shown all states: its parameters, its states, and these in them."""
+        """The inner optimizer's parameters and states, and the states of transforms in these, as last shown to it."""
 
     def copy(self) -> TransformStates:
-        """The same states in other tensors, to go on with apart from the optimizer."""
+        """Return the same states in other tensors, to go on with apart from the optimizer."""
         return TransformStates({param: _map(state, Tensor.clone) for param, state in self.by_param.items()})
 
     def start(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> None:
-        """Make the first states of those that have none, or none of stages that the chain has got since.
+        """Make the first states of parameters that have none, and of stages that have joined the chain since.
 
-        The states of a parameter that has another dtype than they were made for get the dtypes that they would be made
-        with now.
+        If a parameter has got another dtype, its states get the dtypes with which they would be made now.
         """
         if not stage.stateful:
             return
@@ -124,7 +123,7 @@ class TransformStates:
             self._fitted.setdefault(param, {})[slot] = form
 
     def begin(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> None:
-        """Make the first states of the stages that depend on where a parameter starts, of those that have none."""
+        """Make the first states that depend on where a parameter starts, for parameters that have none of these."""
         early = tuple(f"{slot}.{stage.path(index)}" for index in stage.keys if stage.stages[index].starts_early)
         for entry in entries if early else ():
             states = self.by_param.setdefault(entry.param, {})
@@ -140,9 +139,9 @@ class TransformStates:
             states |= {key: value for key, value in first.items() if key.startswith(early)}
 
     def share_with(self, inner_opt: Optimizer, params: Iterable[Tensor] | None = None) -> None:
-        """Put the states into those of the inner optimizer too: of ``params``, or of all that have a gradient.
+        """Put states into the state of the inner optimizer, too: of ``params``, or of all parameters with a gradient.
 
-        Not before the inner optimizer has seen a gradient: many make their own state only where there is none.
+        States wait for a gradient, because many optimizers make their own state only if the parameter has none yet.
         """
         if params is None and (not self.by_param or self._is_as_seen(inner_opt)):
             return
@@ -157,7 +156,7 @@ class TransformStates:
             self._seen = list(inner_opt.state), states, [state.get(KEY) for state in states]
 
     def _is_as_seen(self, inner_opt: Optimizer) -> bool:
-        """Whether the inner optimizer has all states, as it was shown them, found out without a look-up for each."""
+        """Whether the inner optimizer still has all states as shown, without the time of a look-up for each."""
         params, states, own = self._seen
         return (
             len(params) == len(inner_opt.state)
@@ -169,11 +168,11 @@ class TransformStates:
 
     @property
     def are_shown(self) -> bool:
-        """Whether the inner optimizer has those of all parameters that have a gradient."""
+        """Whether the inner optimizer has the states of all parameters that have a gradient."""
         return all(param in self._shown for param in self.by_param if param.grad is not None)
 
     def take_over_from(self, inner_opt: Optimizer) -> bool:
-        """Take over what others made of the states that are shown: moved, or reset. Whether there was any."""
+        """Take over states that others have replaced or removed in the inner optimizer; return whether any were."""
         if self._is_as_seen(inner_opt):
             return False
         found = {param: inner_opt.state.get(param, {}).get(KEY) for param in self._shown}
@@ -188,7 +187,7 @@ class TransformStates:
         return bool(changed)
 
     def adopt(self, inner_opt: Optimizer, params: Iterable[Tensor]) -> None:
-        """Take up the states that ``params`` have in the inner optimizer: moved there from those that they replace."""
+        """Take up states that the inner optimizer has for ``params``, moved there from parameters that they replace."""
         for param in params:
             state = inner_opt.state.get(param) if param not in self.by_param else None
             if isinstance(state, dict) and KEY in state:
@@ -198,7 +197,7 @@ class TransformStates:
 
     def add_to(self, state_dict: dict[str, Any], entries: Sequence[ParamEntry]) -> None:
         """Put the states into a state dict of the inner optimizer."""
-        if "param_groups" not in state_dict:  # it has a form of its own
+        if "param_groups" not in state_dict:  # a state dict with a form of its own
             state_dict[KEY] = {m.number: self.by_param[m.param] for m in entries if m.param in self.by_param}
             return
         for key, param in _keyed_params(state_dict, entries):
@@ -207,7 +206,7 @@ class TransformStates:
 
     @staticmethod
     def split(state_dict: dict[str, Any], entries: Sequence[ParamEntry]) -> tuple[TransformStates, dict[str, Any]]:
-        """Take the states out of a state dict, which the inner optimizer would cast to the dtype of the parameter."""
+        """Take the states out of a state dict, since the inner optimizer would cast them to the parameter's dtype."""
         by_param, bare = {}, {}
         if "param_groups" not in state_dict:
             by_param = {m.param: state_dict[KEY][m.number] for m in entries if m.number in state_dict.get(KEY, {})}
@@ -243,11 +242,11 @@ class TransformStates:
             _write(current)
 
     def of(self, entry: ParamEntry) -> State:
-        """The states of a parameter; empty for one without any."""
+        """Return the states of a parameter, which are empty if it has none."""
         return self.by_param.get(entry.param, {})
 
     def require_fit(self, stages: Mapping[str, Stage], entries: Iterable[ParamEntry]) -> None:
-        """Raise where a state is not one of the transforms in ``stages``, by slot."""
+        """Raise if a state does not belong to the transforms in ``stages``, which are by slot."""
         for entry in entries:
             states = self.by_param.get(entry.param, {})
             slots = {str(key).partition(".")[0] for key in states} if isinstance(states, dict) else set()
@@ -265,7 +264,7 @@ class TransformStates:
 
     @staticmethod
     def taken_out_of(inner_opt: Optimizer) -> TransformStates:
-        """The states that an optimizer has loaded among its own, where they are no more."""
+        """Remove the states that an optimizer has loaded among its own, and return them."""
         by_param: ByParam = {}
         for param, state in list(inner_opt.state.items()):
             if isinstance(state, dict) and KEY in state:
@@ -276,9 +275,9 @@ class TransformStates:
 
     @torch.no_grad()
     def keep_fitting(self, slot: str, stage: Chain, entries: Iterable[ParamEntry]) -> tuple[set[str], set[str]]:
-        """Keep those states of a slot that the chain has a transform for, in the dtypes that it gives them.
+        """Keep the states of a slot that belong to a transform of the chain, in the dtypes that it gives them.
 
-        Returns how the keys of states begin that are dropped, and of those that have lost digits in another dtype.
+        Return how the keys begin of states that are dropped, and of states that have lost digits in another dtype.
         """
         dropped, rounded = set(), set()
         for entry in entries:
@@ -298,19 +297,19 @@ class TransformStates:
         return dropped, rounded
 
     def copy_beside(self, inner_state: Any) -> Any:
-        """A copy of the state of the inner optimizer, with the same parameters and these states."""
+        """Return a copy of the inner optimizer's state, with the very same parameters and states of transforms."""
         kept = [*inner_state, *self.by_param, *self.by_param.values()]
         return copy.deepcopy(inner_state, {id(value): value for value in kept})
 
 
 def first_state(slot: str, stage: Stage, entry: ParamEntry) -> State:
-    """The states of a slot of a parameter before its first step."""
+    """Return the first states of a slot for a parameter."""
     param = entry.param.detach()
     return beneath(stage.init(param, {**entry.group, **entry.own_keys(slot), "param": param}), f"{slot}.")
 
 
 def _keyed_params(state_dict: Mapping[str, Any], entries: Sequence[ParamEntry]) -> list[tuple[Any, Tensor]]:
-    """The key of each parameter in ``state_dict``, which lists them in the same order."""
+    """Return the key of each parameter in ``state_dict``, which lists them in the same order, with the parameter."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     return list(zip(keys, (entry.param for entry in entries), strict=False))
 
@@ -323,7 +322,7 @@ def _write(values: Mapping[Tensor, Tensor]) -> None:
 
 
 def _require_like(state: State, expected: State) -> None:
-    """Raise where ``state`` does not have the keys of ``expected``, which name transforms too, or such tensors."""
+    """Raise if ``state`` has other keys than ``expected``, or tensors of other shapes or kinds."""
     if state.keys() != expected.keys():
         raise ValueError(
             f"it needs the keys {sorted(expected)}, got {sorted(state)}; load it into an optimizer with the chain that "
@@ -331,7 +330,7 @@ def _require_like(state: State, expected: State) -> None:
         )
     for key, first in expected.items():
         value: Any = state[key]
-        # A state that is one for all parameters has the dtype of the first.
+        # The dtype may differ, since a state that all parameters share has the dtype of the first.
         if not isinstance(value, Tensor) or _kind(value) != _kind(first):
             got = f"one of shape {_kind(value)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{key!r} must be a tensor of shape {_kind(first)}, got {got}")
@@ -353,12 +352,12 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _map(state: Any, function: Callable[[Tensor], Any]) -> Any:
-    """``state`` with ``function(tensor)`` for each tensor. What is no dict, as in a damaged file, stays as it is."""
+    """Return ``state`` with ``function(tensor)`` for each tensor, or itself if it is no dict, as in a damaged file."""
     if not isinstance(state, dict):
         return state
     return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _copy_to(state: Any, device: torch.device) -> Any:
-    """A copy of ``state`` on ``device``, each tensor with its dtype."""
+    """Return a copy of ``state`` on ``device``, each tensor with its dtype."""
     return _map(state, lambda value: value.to(device, copy=True))

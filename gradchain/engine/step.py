@@ -44,12 +44,12 @@ class Step:
 
     @property
     def is_familiar(self) -> bool:
-        """Whether a step like it has been made: nothing is left that is done once."""
+        """Whether a step like this one has been made, so that nothing is left to do that is done only once."""
         plans = (self.plans or {}).values()
         return self.engine.states.are_shown and all(plan.cannot_raise or plan.has_run for plan in plans)
 
     def make_plans(self) -> SlotPlans:
-        """Find out what there is to do. All that can be wrong with a trusted plan shows here."""
+        """Return the plans of the step. All errors of a plan with ``cannot_raise`` are raised here, and not later."""
         self.grads = [param.grad for param in self.param_table.params]
         plans = self.engine.plans(self.param_table, self.grads)
         self.plans = plans.of
@@ -70,11 +70,11 @@ class Step:
             self.grads[i] = entry.param.grad = _writable(grad)
 
     def transform_grads(self) -> None:
-        """Do all that precedes the inner step."""
+        """Transform and rescale the gradients, which is all that precedes the inner step."""
         with torch.no_grad():
             assert self.plans is not None
             plan = self.plans.get("pre")
-            # What is wrong with a function mostly shows in the first step.
+            # A function that raises mostly does so in the first step, so later ones need no copies of the gradients.
             is_safe = "pre" not in self.owner._hooked_slots and (plan is None or plan.cannot_raise or plan.has_run)
             saved = [] if is_safe else [(grad, grad.clone()) for grad in self.grads if grad is not None]
             try:
@@ -90,7 +90,7 @@ class Step:
                     _rescale_grads(index, group)
 
     def transforming(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, with gradients transformed after every evaluation."""
+        """Return ``closure``, with gradients transformed after every evaluation."""
 
         @functools.wraps(closure)
         def evaluate() -> Any:
@@ -111,7 +111,7 @@ class Step:
         return evaluate
 
     def keep_inner_state(self) -> None:
-        """Keep what the inner optimizer remembers, for the case that a later evaluation ends the step."""
+        """Copy the state of the inner optimizer, for the case that a later evaluation calls the step off."""
         self.inner_states = [self.engine.states.copy_beside(part.state) for part in parts(self.owner.inner_opt)]
 
     def finish(self) -> None:
@@ -120,14 +120,15 @@ class Step:
         self.commit()
 
     def transform_update(self) -> None:
-        """Do what ``update`` and ``post`` do."""
+        """Run the plans of ``update`` and ``post``."""
         plans = self.make_plans().of if self.plans is None else self.plans  # None if the closure was not called
         params, update = self.param_table.params, plans.get("update")
         if update is not None and update.touched:
             with torch.no_grad():
-                # A displacement is where its parameter was. What no transform acts on stays as it is, without rounding.
+                # The displacement is computed in the memory of its parameter. A parameter that no transform acts
+                # on is left out, because subtracting and adding would round it.
                 moved, before = ([each[i] for i in update.touched] for each in (params, self.before))
-                if not update.is_plain:  # elementwise, so that shards do
+                if not update.is_plain:  # the shards suffice, because what follows is elementwise
                     moved, before = list(map(local, moved)), list(map(local, before))
                 _subtract(moved, before, checks_sums=update.is_on_cpu and not torch.compiler.is_compiling())
                 self._run(update, params, {"param": self.before, "grad": self.grads})
@@ -135,7 +136,7 @@ class Step:
         self.transform_params()
 
     def transform_params(self) -> None:
-        """Do what ``post`` does."""
+        """Run the plan and the hook of ``post``."""
         plan = self.plans.get("post") if self.plans else None
         if plan is None and "post" not in self.owner._hooked_slots:
             return
@@ -160,23 +161,23 @@ class Step:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the parameters back the values that they had, where they can have moved; signals were for this step."""
+        """Restore the parameters, if they have been copied, and drop the signals, which were for this step alone."""
         self.engine.signals.clear()
         for param, value in zip(self.param_table.params, self.before, strict=False):
             param.copy_(value)
 
     def skip(self, skipped: SkippedStep) -> Any:
-        """Undo all but the counters."""
+        """Undo all but the counters of the transform that skips the step, and return the loss."""
         self.undo()
         if self.inner_states is not None:
             for part, kept in zip(parts(self.owner.inner_opt), self.inner_states, strict=True):
-                part.state.clear()  # in place: others may hold it
+                part.state.clear()  # in place, since other objects may refer to it
                 part.state.update(kept)
         skipped.keep_counters()
         return skipped.loss
 
     def _run(self, plan: Plan, tensors: list[Any], context: dict[str, list[Any]]) -> None:
-        # In a graph the number would be fixed.
+        # A compiled graph would keep the step number as a constant, so 1 is passed.
         number = 1 if torch.compiler.is_compiling() else self.engine.steps + 1
         self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise, step=number))
 
@@ -195,17 +196,18 @@ class Step:
 
 
 def _writable(grad: Tensor) -> Tensor:
-    """``grad``, or a copy where it is lazy or its elements share memory, as those of an expanded tensor do."""
+    """Return ``grad``, or a copy if it is lazy or its elements share memory, as those of an expanded tensor do."""
     if grad.layout is not torch.strided:
         return grad
     return (grad.contiguous() if is_expanded(grad) else grad).resolve_conj().resolve_neg()
 
 
 def _subtract(params: list[Tensor], before: list[Tensor], *, checks_sums: bool) -> None:
-    """Replace parameters by how far they have moved: where they are infinite as before, not at all.
+    """Replace parameters by how far they have moved, in place.
 
-    There, inf - inf would be NaN. Masks take longer than all else here, so ``checks_sums`` finds out first, from sums,
-    whether any are needed. On devices other than the CPU, that would be to wait.
+    An element that was infinite and still is has not moved, but inf - inf is NaN, so a mask makes its displacement 0.
+    Masks take longer than all else here, so ``checks_sums`` finds out first, from sums, whether any are needed. It is
+    for the CPU alone, because reading sums from another device waits for the device.
     """
     stays = [] if checks_sums and _are_finite(before) else list(map(torch.eq, params, before))
     torch._foreach_sub_(params, before)
@@ -221,7 +223,7 @@ def _are_finite(tensors: list[Tensor]) -> bool:
 
 
 def rescales(group: Group) -> bool:
-    """Whether gradients of the group are scaled or shifted after ``pre``. Tensors count, without being read."""
+    """Whether gradients of the group are scaled or shifted after ``pre``. A tensor counts, without being read."""
     factor, bias = group.get("grad_scale", 1.0), group.get("grad_bias", 0.0)
     return isinstance(factor, Tensor) or isinstance(bias, Tensor) or factor != 1.0 or bias != 0.0
 
@@ -239,7 +241,7 @@ def _rescale_grads(group_index: int, group: Group) -> None:
                 f"{describe(group_index, group, index)}: grad_bias is added to every element, and so needs a dense "
                 f"gradient, got the layout {grad.layout}; use grad.to_dense(), or the number 0 for grad_bias"
             )
-        is_plain = grad.layout is torch.strided and not is_distributed(grad)  # which a list cannot have beside others
+        is_plain = grad.layout is torch.strided and not is_distributed(grad)  # others cannot be in the same list
         (plain if is_plain else others).append(grad)
     if plain:
         torch._foreach_mul_(plain, factor)
@@ -252,11 +254,11 @@ def _rescale_grads(group_index: int, group: Group) -> None:
 
 
 def is_dry_run(param_groups: Sequence[Group]) -> bool:
-    """Whether the step is meant to make state and move nothing, as ``torch.distributed.checkpoint`` does it."""
+    """Whether the step is only to make states and to move nothing, as in ``torch.distributed.checkpoint``."""
     for group in param_groups:
         lr = group.get("lr")
         if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0.0:
             return False
     grads = [param.grad for group in param_groups for param in group["params"] if param.grad is not None]
-    # Of whole tensors: all processes must make the same step.
+    # Whole tensors are asked, because all processes must decide alike.
     return bool(grads) and not any(gather(grad.any()) for grad in grads)

@@ -20,7 +20,7 @@ TENSOR = "tensor"
 """The name of the tensor that a function transforms, and of its result."""
 
 CONSTANT = "constant:"
-"""How the name of an input begins that is a tensor from outside, such as a mask."""
+"""The beginning of the name of an input that is a tensor from outside the function, such as a mask."""
 
 
 class Ref(NamedTuple):
@@ -30,7 +30,7 @@ class Ref(NamedTuple):
 
 
 FILLS = frozenset({"zeros_like", "ones_like", "full_like", "scalar_tensor", "_to_copy"})
-"""Operations that torch does not call pointwise, although no element depends on elements in other places."""
+"""Operations that torch does not tag as pointwise, although no element depends on elements in other places."""
 
 
 DEVICE = object()
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any]
     results: tuple[int, ...]
     stage: str
-    """The stage of the chain that it belongs to."""
+    """The stage of the chain that the operation belongs to."""
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Call(NamedTuple):
         return torch.Tag.pointwise in self.target.tags
 
     def references(self) -> list[int]:
-        """The numbers of the values that it takes."""
+        """Return the numbers of the values that the operation takes."""
         found: list[int] = []
         map_leaves((self.args, self.kwargs), lambda leaf: found.append(leaf.number) if isinstance(leaf, Ref) else None)
         return found
@@ -70,7 +70,7 @@ class Trace:
 
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
-    """The result, and the new states under the names of the old ones."""
+    """The numbers of the result, and of the new states under the names of the old ones."""
     calls: tuple[Call, ...]
     forms: tuple[Form, ...]
     """The shape, the dtype and the strides of each value."""
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stage = ""
-        self._values: list[Tensor] = []  # kept, so that no other tensor gets the id of one of them
+        self._values: list[Tensor] = []  # kept alive, so that no other tensor gets the id of one of these
         self._numbers: dict[int, int] = {}
         self._calls: list[Call] = []
         self._inputs = {name: self._number(value) for name, value in inputs.items()}
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch would import its compiler, to keep it from compiling the next method
+        return False  # True would make torch import its compiler, to keep it from compiling the next method
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._makes_input:
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def input(self, name: str, value: Tensor) -> Tensor:
-        """What stands for ``value``, an input that shows only when the function asks for it."""
+        """Return the stand-in for ``value``, an input that is known only when the function asks for it."""
         if name not in self._inputs:
             self._makes_input = True
             self._inputs[name] = self._number(without_data(value))
@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
         return self._values[self._inputs[name]]
 
     def trace(self, outputs: Mapping[str, Tensor]) -> Trace:
-        """What was written down."""
+        """Return what was written down, without the calls that the outputs do not need."""
         numbers = {name: self._refer(self._without_data(value)).number for name, value in outputs.items()}
         forms = tuple((tuple(value.shape), value.dtype, value.stride()) for value in self._values)
         constants = dict(self._outside.values())
@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):
         return self._numbers[id(value)]
 
     def _without_data(self, leaf: Any) -> Any:
-        """``leaf``, or what stands for it if it is a tensor from outside."""
+        """Return ``leaf``, or the stand-in for it if it is a tensor from outside."""
         if not isinstance(leaf, Tensor) or id(leaf) in self._numbers:
             return leaf
         if leaf.device == META:
@@ -175,12 +175,12 @@ class Recorder(TorchDispatchMode):
 
 
 def without_data(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, strides and dtype, without data."""
+    """Return a tensor of the same shape, strides and dtype, without data."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``value``, with ``function(leaf)`` for each leaf of its tuples, lists and dicts."""
+    """Return ``value``, with ``function(leaf)`` for each leaf of its tuples, lists and dicts."""
     if isinstance(value, tuple | list) and not isinstance(value, Ref):
         return tuple(map_leaves(each, function) for each in value)
     if isinstance(value, dict):
@@ -189,7 +189,7 @@ def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _without_waste(trace: Trace) -> Trace:
-    """The same trace without calls that do nothing, that are there already, or whose results nothing needs."""
+    """Return the same trace without calls that do nothing, repeat an earlier call, or have unused results."""
     same: dict[int, int] = {}
     known: dict[Any, Call] = {}
     calls: list[Call] = []
@@ -215,7 +215,7 @@ def _without_waste(trace: Trace) -> Trace:
     for name, number in outputs.items():
         maker = makers.get(number)
         if maker is not None and maker.name == "_to_copy" and maker.kwargs.keys() == {"dtype"}:
-            outputs[name] = maker.args[0].number  # it is rounded when it is written into the tensor
+            outputs[name] = maker.args[0].number  # writing the result into the tensor converts it anyway
     needed = set(outputs.values())
     kept: list[Call] = []
     for call in reversed(calls):
@@ -227,7 +227,7 @@ def _without_waste(trace: Trace) -> Trace:
 
 
 def _with_same(call: Call, same: Mapping[int, int]) -> Call:
-    """The call, with other values in place of those that are the ``same``."""
+    """Return the call with other values in place of those that ``same`` lists as equal to them."""
 
     def refer(leaf: Any) -> Any:
         return Ref(same.get(leaf.number, leaf.number)) if isinstance(leaf, Ref) else leaf
@@ -236,11 +236,11 @@ def _with_same(call: Call, same: Mapping[int, int]) -> Call:
 
 
 _KEEPDIM = {"linalg_vector_norm": 3, "sum": 2, "mean": 2, "amax": 2, "amin": 2, "norm": 3}
-"""The position of the argument ``keepdim`` of reductions whose dimensions are the argument before."""
+"""The position of the argument ``keepdim`` of each reduction; the argument before it has the dimensions."""
 
 
 def _keep_dimensions(trace: Trace) -> Trace:
-    """Let reductions keep the dimensions that are put back by a view later, so that no view is needed."""
+    """Let reductions keep the dimensions that a later view puts back, so that the view is not needed."""
     makers = {number: call for call in trace.calls for number in call.results}
     takers: dict[int, list[Call]] = {}
     for call in trace.calls:
@@ -282,7 +282,7 @@ def _keep_dimensions(trace: Trace) -> Trace:
 
 
 def _reduction_shape(call: Call, forms: Any) -> tuple[int, ...] | None:
-    """The shape that a reduction has if it keeps its dimensions; None for what is no such reduction."""
+    """Return the shape that a reduction has if it keeps its dimensions; None if the call is no reduction."""
     position = _KEEPDIM.get(call.name)
     if position is None or len(call.args) < position or (len(call.args) > position and call.args[position]):
         return None
@@ -295,7 +295,10 @@ def _reduction_shape(call: Call, forms: Any) -> tuple[int, ...] | None:
 
 
 def _reduced(number: int, makers: Mapping[int, Call], forms: Any) -> set[int] | None:
-    """The values that ``number`` is made of by pointwise calls, back to reductions; None where it is not so."""
+    """Return the values from which pointwise calls make ``number``, back to reductions of the same shape.
+
+    The result has ``number`` itself and the results of the reductions. It is None if other calls are in between.
+    """
     shape, found, open_ = forms[number][0], set(), [number]
     while open_:
         each = open_.pop()

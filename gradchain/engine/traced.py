@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradchain.engine.operations import SlotTensor, View
 
 NUMBER, VALUE, CONTEXT, STATE, VIEW, COUNT = "number:", "value:", "context:", "state:", "view:", "count:"
-"""How the name of an input begins: a number or a tensor of the group, and so on."""
+"""How the names of inputs begin: numbers and tensors of the group, then context, states, views and counters."""
 
 ABSENT = object()
 
@@ -35,10 +35,10 @@ class Traced:
     trace: Trace
     readings: tuple[Reading, ...]
     keys: Mapping[str, Any]
-    """The keys of the group that were read, with their values; of numbers and tensors that are inputs, the kind."""
+    """The keys of the group that were read, each with its value, or with its kind if the value is an input."""
 
     def holds(self, group: Group) -> bool:
-        """Whether it is a trace for ``group``, too."""
+        """Whether the trace is one for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
             has(group, key, value) for key, value in self.keys.items()
         )
@@ -49,18 +49,18 @@ class Traced:
 
 
 class Kind(NamedTuple):
-    """What there is to know of a value that is an input of a trace."""
+    """What a trace depends on of a value that is one of its inputs."""
 
     of: Any
 
 
 def kind_of(value: Any) -> Kind:
-    """The form of a tensor, and the type of anything else."""
+    """Return the form of a tensor, or the type of anything else."""
     return Kind(form_of(value) if isinstance(value, Tensor) else type(value))
 
 
 class UntracedStage(Exception):  # noqa: N818
-    """Raised with the position of the stage that cannot be traced, and the reason."""
+    """Raised with the position of the stage that cannot be traced, and with the reason."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -69,7 +69,7 @@ class UntracedStage(Exception):  # noqa: N818
 
 
 class NotedGroup(dict[str, Any]):
-    """A group of which each reading is written down."""
+    """A group that notes each value that is read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -82,8 +82,8 @@ class NotedGroup(dict[str, Any]):
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``key``."""
-        return self[key] if key in self else default  # noqa: SIM401 # which would call this method
+        """Return the value of ``key``, or ``default`` if the group has no such key."""
+        return self[key] if key in self else default  # noqa: SIM401 # self.get would call this method
 
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
@@ -95,19 +95,19 @@ class NotedGroup(dict[str, Any]):
         return iter([key for key in super().__iter__() if self[key] is not ABSENT])
 
     def keys(self) -> Any:
-        """All keys, of which each counts as read, as in all that goes through the whole group."""
+        """Return a view of all keys. Going through the keys counts as reading the value of each."""
         return KeysView(self)
 
     def values(self) -> Any:
-        """All values."""
+        """Return a view of all values."""
         return ValuesView(self)
 
     def items(self) -> Any:
-        """All pairs of a key and its value."""
+        """Return a view of all pairs of a key and its value."""
         return ItemsView(self)
 
     def copy(self) -> dict[str, Any]:
-        """A group that is not watched, with all values."""
+        """Return a plain dict of all values, in which reading is not noted."""
         return dict(self.items())
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
@@ -122,7 +122,7 @@ class TracedGroup(NotedGroup):
 
     Args:
         values: The values.
-        recorder: What writes down the trace.
+        recorder: The recorder of the trace.
         dtype: The dtype for numbers.
         fixed: The keys of numbers that are given as they are.
     """
@@ -137,7 +137,7 @@ class TracedGroup(NotedGroup):
         self.numbers: set[str] = set()
         """The keys of the numbers that the stage has read as tensors."""
         self.given: frozenset[str] = frozenset()
-        """The keys that are not of the group: tensors that are values of the trace already."""
+        """The keys that were added to the group, with tensors that are values of the trace already."""
 
     def __getitem__(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
@@ -170,10 +170,10 @@ def trace_stages(
         parts: The stages.
         item: The tensor, with its group, its context and its states.
         views: What was measured before, by the path of the stage that measures.
-        count: Trace them for this many such tensors, stacked along a new first dimension.
+        count: Trace the stages for this many such tensors, stacked along a new first dimension.
 
     Raises:
-        UntracedStage: One of them cannot be traced.
+        UntracedStage: One of the stages cannot be traced.
     """
     watched: list[Reading] = []
     for position, part in enumerate(parts):
@@ -206,11 +206,11 @@ def trace_stages(
 _KNOWN: dict[Any, Traced] = {}
 
 _OF_TENSORS: WeakValueDictionary[Any, Traced] = WeakValueDictionary()
-"""Traces that keep tensors alive, such as the bounds of one batch of images: only as long as an optimizer uses them."""
+"""Traces that keep tensors alive, such as the bounds of a batch of images. They go when no optimizer uses them."""
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether ``value``, or what a stage is made of, is a tensor with dimensions."""
+    """Whether ``value`` is a tensor with dimensions, or contains one, as the arguments of a stage can."""
     if isinstance(value, Tensor):
         return value.ndim > 0
     if isinstance(value, Stage) and not isinstance(value, Function):
@@ -229,7 +229,7 @@ def _trace(
 ) -> Traced:
     """Trace with the numbers of the group as tensors, so that other values need no other trace.
 
-    Where a stage cannot be traced so, since Python needs the numbers that it reads, they are given as they are.
+    If a stage cannot be traced so, since Python needs the numbers that it reads, it gets these numbers as they are.
     """
     fixed: frozenset[str] = frozenset()
     while True:
@@ -320,18 +320,18 @@ class _Attempt:
 
 
 def seen_by(stage: Stage, tensor: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The context for a stage. Masks within one that holds others choose by the parameter, in ``post`` too."""
+    """Return the context for a stage. A combinator gets ``param`` in ``post``, too, because masks in it may read it."""
     return {"param": tensor, **context} if isinstance(stage, Combinator) else dict(context)
 
 
 def count_units(counts: State, told: State) -> State:
-    """``counts``, and on how many units a stage acted of how many, as it has ``told`` among its new states."""
+    """Return ``counts`` with the units of one more step, whose flags are taken out of ``told``, the new states."""
     flags = told.pop(ACTED).to(torch.int64)
     return {"acted": counts["acted"] + (flags.sum() if flags.ndim else flags), "units": counts["units"] + flags.numel()}
 
 
 def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
-    """What has to hold so that traces hold, of which each is for an item."""
+    """Return the conditions under which traces stay valid, given pairs of an item and its trace."""
     found: dict[Any, Callable[[], bool]] = {}
     for item, each in traced:
         for reading in each.readings:
@@ -343,7 +343,7 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
 
 
 def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
-    """Whether a group, or a signal, still has the value, or one of the kind, that it had under ``key``."""
+    """Whether a group or a signal still has ``value`` under ``key``, or a value of that kind if it is a ``Kind``."""
     now = group.get(key, signals.get(key, ABSENT))
     if type(value) is Kind:
         return kind_of(now) == value
@@ -351,20 +351,20 @@ def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = Mapp
 
 
 def form_of(value: Any) -> Any:
-    """All that a trace depends on of a tensor: not its device, since tensors in a trace have no data."""
+    """Return what a trace depends on of a tensor. That leaves out the device, since tensors in a trace have no data."""
     value = local_part(value)
     return tuple(value.shape), value.stride(), value.dtype
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).partition("\n")[0].partition(". ")[0]  # of some, several sentences of advice follow
+    text = str(error).partition("\n")[0].partition(". ")[0]  # torch adds sentences of advice to some errors
     if "meta tensor" in text or "data-dependent" in text or "vmap: It looks like you're" in text:
         return f"reads a value{_line_of(error)}"
     return text if isinstance(error, NotTraceable) else f"{type(error).__name__}: {text}"
 
 
 def _line_of(error: Exception) -> str:
-    """The line of the function, outside of this library and torch, that was running."""
+    """Return, in words, the line of the function outside of this library and torch that was running."""
     traceback, line = error.__traceback__, ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")

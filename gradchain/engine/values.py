@@ -24,7 +24,7 @@ class Kind(IntEnum):
 
 
 KINDS = {"number:": Kind.NUMBER, "value:": Kind.SHARED, "view:": Kind.SHARED, CONSTANT: Kind.SHARED}
-"""The inputs that are not one for each tensor, by the beginning of their names."""
+"""The kinds of the inputs that all tensors share, by the beginning of their names."""
 
 
 class Values:
@@ -32,8 +32,8 @@ class Values:
 
     Args:
         trace: What the program does.
-        reserved: Names that mean something else in its code.
-        single: Whether it takes one tensor, and not lists.
+        reserved: Names that mean something else in the code.
+        single: Whether the program takes one tensor, and not lists.
     """
 
     def __init__(self, trace: Trace, reserved: Collection[str], *, single: bool) -> None:
@@ -49,7 +49,7 @@ class Values:
         for input_name, number in inputs.items():
             self.names[number] = self._new_name(re.sub(r"\W", "_", input_name.rpartition(":")[2]))
         self.memory = {number: number for number in inputs.values()}
-        """Of each value, the value in whose memory it is."""
+        """For each value, the value in whose memory it is."""
         self.last_use = {n: index for index, call in enumerate(trace.calls) for n in call.references()}
         self.homes = {inputs[name]: number for name, number in trace.outputs.items()}
         """The inputs that are to be overwritten, each with the value that it gets."""
@@ -69,12 +69,12 @@ class Values:
         in_use = self.unwritten.values()
         waiting = self.unwritten.get(home)
         if waiting in self.names and self.memory[waiting] != home:
-            return False  # what belongs here is known, and is put here next
+            return False  # the new value of the home is known, and is written here next
         same = [each for each, memory in self.memory.items() if memory == home]
         return all(self.last_use.get(each, -1) <= index and each not in in_use for each in same)
 
     def _target(self, index: int, call: Call, arguments: Sequence[tuple[str, Kind]]) -> int | None:
-        """The position of an argument that the result can overwrite."""
+        """Return the position of an argument that the result can overwrite, or None."""
         form = self.trace.forms[call.results[0]]
         for position in range(len(arguments)) if call.is_pointwise else ():
             leaf = call.args[position]
@@ -89,7 +89,7 @@ class Values:
         return None
 
     def _spare(self, index: int, call: Call) -> int | None:
-        """An input whose memory is free for the result."""
+        """Return an input whose memory is free for the result, or None."""
         for home in self.homes:
             if (
                 home in self.unwritten
@@ -107,5 +107,5 @@ class Values:
         return next((n for n in homes if self._is_dead(n, index)), None)
 
     def _take(self, result: int, value: int) -> None:
-        """Let ``result`` be where ``value`` was."""
+        """Let ``result`` have the name and the memory of ``value``."""
         self.kinds[result], self.names[result], self.memory[result] = Kind.EACH, self.names[value], self.memory[value]

@@ -48,7 +48,7 @@ def _is_long_norm(trace: Trace, index: int) -> bool:
 
 
 def _looped(expression: str, loop: Sequence[tuple[str, str]]) -> str:
-    """The list of what an expression is for the values of variables, each given with the list that it goes over."""
+    """Return the code of a list of ``expression`` over ``loop``, pairs of a variable and the list that it goes over."""
     variables, lists = zip(*loop, strict=True)
     over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
     return f"[{expression} for {', '.join(variables)} in {over}]"
@@ -69,12 +69,12 @@ class Writer(Values):
         self.parameters = list(self.names.values())
         small = [call for call in self.trace.calls if call.is_pointwise and self._shape(call.results[0]) == ()]
         self.stacks = not single and len(small) > 2
-        """Whether to stack what is a number for each tensor, since several operations on it follow."""
+        """Whether to stack values that are a number for each tensor, since several operations on them follow."""
         self.numbers: set[int] = set()
-        """The values that are lists of plain numbers."""
+        """The values that are plain Python numbers in the traces, one for all tensors or one for each."""
 
     def write(self) -> tuple[str, Callable[..., None]]:
-        """The source of the program, and its function."""
+        """Return the source of the program, and its function."""
         stage = ""
         for index, call in enumerate(self.trace.calls):
             if call.stage != stage:
@@ -148,7 +148,7 @@ class Writer(Values):
             self.memory[result] = self.memory[call.args[0].number]
         leaf = call.args[0] if call.args else None
         if call.name == "_to_copy" and not (isinstance(leaf, Ref) and leaf.number not in self.numbers):
-            self.names[result], self.kinds[result] = arguments[0]  # a number, or one for each tensor
+            self.names[result], self.kinds[result] = arguments[0]  # a plain number, or one for each tensor
             self.numbers.add(result)
         elif kind is Kind.NUMBER and call.name in NUMBERS:
             self.kinds[result] = Kind.NUMBER
@@ -181,7 +181,7 @@ class Writer(Values):
     def _write_single(
         self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any], kind: Kind
     ) -> None:
-        """A call on tensors, not lists."""
+        """Write a call on tensors, and not on lists."""
         result, texts = call.results[0], [text for text, _ in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
             name = self._use_reciprocal(call, name, texts, arguments[1][1])
@@ -193,7 +193,7 @@ class Writer(Values):
         if position is not None and has_method and (position == 0 or name in COMMUTATIVE):
             others = [text for place, text in enumerate(texts) if place != position]
             in_place = f"{texts[position]}.{name}_({', '.join(others)})"
-            has_none = name in ("maximum", "minimum")  # of which torch has no form in place
+            has_none = name in ("maximum", "minimum")  # torch has no form of these in place
             self.lines.append(f"torch.{name}({', '.join(texts)}, out={texts[position]})" if has_none else in_place)
             self._take(result, call.args[position].number)
             return
@@ -211,7 +211,7 @@ class Writer(Values):
             self._write_generic(index, call, name, arguments, options, kind)
 
     def _write_mixed_clamp(self, call: Call, texts: list[str], kind: Kind, *, in_place: bool) -> None:
-        """With a number and a tensor as bounds, which torch does not take together."""
+        """Write a clamp whose bounds are a number and a tensor, which torch does not take together."""
         text, lower, upper = texts
         if in_place:
             self.lines.append(f"{text}.clamp_min_({lower})")
@@ -223,7 +223,7 @@ class Writer(Values):
     def _write_list(
         self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any]
     ) -> None:
-        """A call on lists."""
+        """Write a call on lists."""
         result = call.results[0]
         texts = [f"{text}.unbind()" if kind is Kind.STACK else text for text, kind in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
@@ -268,7 +268,7 @@ class Writer(Values):
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
     def _is_fast_with_scalars(self, call: Call) -> bool:
-        """Whether a scalar of the dtype of a list is the same to torch as a number, and faster."""
+        """Whether a scalar tensor of the dtype of a list gives the same result as a number, and faster."""
         dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
         return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
@@ -296,7 +296,7 @@ class Writer(Values):
     def _write_generic(
         self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any], kind: Kind
     ) -> None:
-        """Any call, as a loop where it is one of lists."""
+        """Write any call, as a loop over its lists if it has some."""
         given: list[str] = []
         loop: list[tuple[str, str]] = []
         schema = call.target._schema.arguments
@@ -318,7 +318,7 @@ class Writer(Values):
         self._assign(call, expression, kind)
 
     def _function(self, index: int, call: Call, name: str, options: dict[str, Any]) -> str:
-        """The function to call: one of torch, which is faster, or the operation itself."""
+        """Return the function to call: one of torch, which is faster, or the operation itself."""
         if name == "norm":
             return "norm" if self._has_long_norms(index) else "vector_norm"
         if name in TAKES_NUMBERS and not options:
@@ -328,7 +328,7 @@ class Writer(Values):
         return f"aten.{name}"
 
     def _has_long_norms(self, index: int) -> bool:
-        """Whether a norm is one of so many elements that torch would lose digits of it."""
+        """Whether a norm is over so many elements that torch would lose digits of it."""
         return self.globals["device"].type == "cpu" and any(_is_long_norm(trace, index) for trace in self.traces)
 
     def _assign(self, call: Call, expression: str, kind: Kind) -> None:
@@ -348,7 +348,7 @@ class Writer(Values):
         self.lines.append(f"{', '.join(names)} = {expression}")
 
     def _as_tensor(self, text: str, kind: Kind, argument: Any, call: Call, leaf: Any) -> str:
-        """A number as a tensor, where the operation takes nothing else."""
+        """Return the text of a number as a tensor if the operation accepts only tensors, and other text as it is."""
         is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]") and text != "None"
         if kind is not Kind.NUMBER or not is_tensor:
             return text
@@ -356,7 +356,7 @@ class Writer(Values):
         return f"torch.tensor({text}, dtype={dtype}, device=device)"
 
     def _in_loop(self, text: str, kind: Kind, variable: str, loop: list[Any]) -> str:
-        """The argument, or the variable of a loop over it, which is added to ``loop``."""
+        """Return the argument, or the variable of a loop over it, which is added to ``loop``."""
         if kind < Kind.STACK or (self.single and kind is Kind.EACH):
             return text
         loop.append((variable, f"{text}.unbind()" if kind is Kind.STACK else text))
@@ -365,7 +365,7 @@ class Writer(Values):
     # Results
 
     def _write_results(self, index: int) -> None:
-        """Put each result into its home as soon as it is known and nothing needs what is there."""
+        """Write each result into the input that it replaces, once it is known and the old value is not needed."""
         is_end = index == len(self.trace.calls)
         for home, value in sorted(self.unwritten.items(), key=lambda pair: pair[0] == self.trace.inputs[TENSOR]):
             if value not in self.names:

@@ -1,4 +1,4 @@
-"""Transforms that make a tensor shorter where it is too long, and never turn it."""
+"""Transforms that shorten a tensor that is too long, and keep its direction."""
 
 import math
 from typing import Annotated
@@ -80,12 +80,13 @@ def clip_adaptive(
 
     .. math:: t \cdot \min(1, \lambda \max(\|p\|_2, \epsilon) / \|t\|_2)
 
-    Acts on the whole (sub-)tensor, of any shape, and reads ``group["param"]``. The paper's units are the outputs of a
-    layer: ``param_ndim=-1`` for weights.
+    Acts on the whole (sub-)tensor, of any shape, and reads ``group["param"]``. The units in the paper are the outputs
+    of a layer, which ``param_ndim=-1`` chooses in weights.
 
     Args:
-        clipping: The largest ratio of the two norms that is left alone; above 0, and infinite for no limit.
-        eps: The least norm that a parameter counts as, so that zero parameters can learn; above 0.
+        clipping: The largest ratio of the tensor's norm to the parameter's norm that is left alone; above 0, and
+            infinite for no limit.
+        eps: The least value that counts as the norm of a parameter, so that parameters of zeros can learn; above 0.
 
     Raises:
         ValueError: ``clipping`` or ``eps`` is not above 0, or there is no ``group["param"]``.
