@@ -94,7 +94,7 @@ class Programs(Operation):
         return trace_stages(parts, self.items[number], self.views, count=count)
 
     def _blocks(self, numbers: Sequence[int]) -> Iterator[Block]:
-        """The blocks of tensors whose traces differ in sizes alone."""
+        """Yield the blocks of tensors whose traces differ in sizes alone."""
         rest, alike = list(numbers), dict[int, list[int]]()
         for number in numbers:
             alike.setdefault(id(self.traced[number]), []).append(number)

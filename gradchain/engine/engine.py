@@ -205,7 +205,7 @@ class Engine:
         return known
 
     def stage(self, slot: str) -> Chain:
-        """The chain of a slot, broadcast."""
+        """Return the chain of a slot, broadcast."""
         self.chains()
         return self._stages[slot]
 
@@ -297,7 +297,7 @@ class Engine:
         self.states.share_with(inner_opt, [param for param, state in inner_opt.state.items() if state])
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within the ``with`` block, the parameters have the averages that ``post`` keeps of them."""
+        """Return a context manager, within which the parameters have the averages that ``post`` keeps of them."""
         return self.synced_states().averaged(self.stage("post"))
 
     def complete(self, state_dict: Group, defaults: Group, optimizer: Optimizer) -> None:

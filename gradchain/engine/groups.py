@@ -48,7 +48,7 @@ def number_chains(chains: Mapping[str, Chain], taken: Collection[str] = ()) -> d
 
 
 def prefixes(stages: Iterable[Stage]) -> set[str]:
-    """The prefixes of the keys of all hyperparameters."""
+    """Return the prefixes of the keys of all hyperparameters."""
     return {key.rpartition(".")[0] for stage in stages for key in stage.hyperparameters}
 
 
@@ -132,7 +132,7 @@ def check_group(group_index: int, group: Group, chains: Mapping[str, Chain]) -> 
 
 
 def require_known(keys: Iterable[str], stages: Collection[Stage], place: str = "") -> None:
-    """Raise where one of ``keys`` is that of a transform which has no such hyperparameter."""
+    """Raise if one of ``keys`` has the prefix of a transform that has no such hyperparameter."""
     known = {key for stage in stages for key in stage.hyperparameters}
     taken = prefixes(stages)
     for key in keys:

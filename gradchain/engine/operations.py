@@ -47,7 +47,7 @@ class SlotTensor(NamedTuple):
     signals: Mapping[str, Tensor]
     """The values from outside for this step, always in the same dict."""
     counts: State | None
-    """What stages count, if they are asked to, by the path of the stage; a step overwrites it."""
+    """What stages count, if they are asked to, by the path of the stage; a step overwrites the numbers."""
 
     def full_group(self) -> Group:
         """Return the group, with the keys of the parameter and the signals."""
@@ -346,7 +346,7 @@ def storages_of(tensors: Iterable[Tensor]) -> set[int | None]:
 
 
 def without_storages(state: State, storages: set[int | None]) -> State:
-    """``state``, without sharing one of ``storages``, and with a place in memory for each element."""
+    """Return ``state``, with copies of tensors that are in ``storages`` or whose elements share memory."""
     return {key: v.clone() if _storage(v) in storages or is_expanded(v) else v for key, v in state.items()}
 
 

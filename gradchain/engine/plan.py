@@ -253,7 +253,8 @@ class SlotPlans:
         ]
         for plan in plans.values():
             self.depends += plan.depends
-        # A gradient that its parameter would not take any more is one of before the parameter was replaced.
+        # A gradient of another shape than its parameter is from before the parameter was replaced. Plans for it are not
+        # kept, because the next gradient has the new shape.
         self.can_be_kept = all(
             grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
         )

@@ -224,7 +224,7 @@ class TransformStates:
 
     @contextmanager
     def averaged(self, post: Chain) -> Iterator[None]:
-        """Within the ``with`` block, give the parameters the averages that ``post`` keeps of them."""
+        """Give the parameters, within the ``with`` block, the averages that ``post`` keeps of them."""
         averages = {}
         for param, states in self.by_param.items():
             found = post.averages(below(states, "post."), param.detach())

@@ -98,7 +98,7 @@ class Writer(Values):
     # Arguments
 
     def _argument(self, find: Callable[[Trace], Any]) -> Argument:
-        """The expression of an argument."""
+        """Return the expression of an argument, and its kind."""
         leaf = find(self.trace)
         if isinstance(leaf, Ref):
             return self.names[leaf.number], self.kinds[leaf.number]
@@ -110,7 +110,7 @@ class Writer(Values):
         return self._literal(leaf), Kind.NUMBER
 
     def _tensors(self, leaves: Sequence[Any]) -> Argument:
-        """The expression of several tensors that are one argument, such as those of ``torch.cat``."""
+        """Return the expression of several tensors that are one argument, such as those of ``torch.cat``."""
         texts, loop, kinds = list[str](), list[tuple[str, str]](), [Kind.SHARED]
         for position, leaf in enumerate(leaves):
             is_value = isinstance(leaf, Ref)
@@ -165,7 +165,7 @@ class Writer(Values):
             self._write_list(index, call, name, arguments, options)
 
     def _use_reciprocal(self, call: Call, name: str, texts: list[str], kind: Kind) -> str:
-        """Make a quotient a product where that is faster; the name of the operation."""
+        """Make a quotient a product where that is faster, and return the name of the operation."""
         if name != "div" or call.kwargs or not isinstance(call.args[1], Ref) or kind < Kind.SHARED:
             return name
         divisor, size = call.args[1].number, math.prod(self._shape(call.results[0]))
@@ -273,7 +273,7 @@ class Writer(Values):
         return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
     def _fits_list(self, call: Call, name: str, arguments: list[Argument]) -> bool:
-        """Whether a function for lists takes what is one for all of them: a number, or a tensor without dimensions."""
+        """Whether a function for lists takes what all tensors share: numbers, or tensors without dimensions."""
         shared = [leaf for leaf, (_, kind) in zip(call.args, arguments, strict=True) if kind is Kind.SHARED]
         return not shared or (name in TAKES_SCALARS and all(self._shape(leaf.number) == () for leaf in shared))
 
@@ -379,7 +379,7 @@ class Writer(Values):
             if any(self.last_use.get(each, -1) > index or each in others for each in same):
                 continue
             text = self.names[value]
-            if self.memory[value] == home:  # a view of it, such as its transpose, which must be read before
+            if self.memory[value] == home:  # a view of the home, such as its transpose: read it before
                 text = self._clone(text)
             self._copy(self.names[home], text, self.kinds[value])
             del self.unwritten[home]
