@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.overrides import TorchFunctionMode
 
 from gradchain import ParamTransformingOptimizer, from_config
 
@@ -135,12 +136,22 @@ class Run:
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
 
+class InFloat32(TorchFunctionMode):
+    """From where it is entered on, what would be rounded to bfloat16 is in float32. Muon has no option for it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        named = {key: torch.float32 if value is torch.bfloat16 else value for key, value in (kwargs or {}).items()}
+        return function(*args, **named)
+
+
 def read_arguments() -> None:
     """Read the one option, and do what it says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--float32", action="store_true", help="let Muon compute in float32, and not in bfloat16")
     if parser.parse_args().float32:
-        Tensor.bfloat16 = Tensor.float  # type: ignore[method-assign] # Muon has no option for it, but calls this
+        InFloat32().__enter__()  # type: ignore[no-untyped-call]
 
 
 def main() -> None:
