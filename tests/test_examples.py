@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.versions import OF_PYTHON_3_13_0
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str, *arguments: str | Path) -> str:
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [sys.executable, "-W", "error", "-W", OF_PYTHON_3_13_0, EXAMPLES / name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from torch.optim import Adam
 
+from tests.versions import OF_PYTHON_3_13_0
+
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
@@ -57,6 +59,7 @@ def numbers(text: str) -> list[float]:
 def test_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.stem == "wrap_an_optimizer" and "decoupled_weight_decay" not in inspect.signature(Adam).parameters:
         pytest.skip("Adam of this torch prints fewer values")
+    monkeypatch.setenv("PYTHONWARNINGS", OF_PYTHON_3_13_0)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
     for folder in ("IPYTHONDIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(folder, str(tmp_path / folder))
