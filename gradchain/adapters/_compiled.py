@@ -71,7 +71,8 @@ def _graph(step: Step, inner_steps: list[tuple[Callable[..., Any], Optimizer]]) 
             step.transform_grads()
         results = [inner_step(part) for inner_step, part in inner_steps]
         step.transform_update()
-        step.keep_states()
+        step.transform_params()
+        step.install_states()
     return results[0] if len(results) == 1 else None
 
 

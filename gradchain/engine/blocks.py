@@ -16,7 +16,7 @@ from gradchain.engine.operations import Operation, Pass, SlotTensor, View, count
 from gradchain.engine.program import Program, signature, write
 from gradchain.engine.table import FOREACH, RENAMED, VIEWS
 from gradchain.engine.trace import CONSTANT, TENSOR, Call, Trace
-from gradchain.engine.traced import CONTEXT, COUNT, NUMBER, STATE, VALUE, VIEW, Traced, dependencies, trace_stages
+from gradchain.engine.traced import CONTEXT, COUNT, NUMBER, STATE, VALUE, VIEW, Traced, guards_of, trace_stages
 from gradchain.engine.values import KINDS
 from gradchain.stage import Part
 
@@ -55,7 +55,7 @@ class Programs(Operation):
             kind = signature(traced.trace), id(item.group), form.dtype, form.device
             kinds.setdefault(kind, []).append(number)
         self.blocks = [block for numbers in kinds.values() for block in self._blocks(numbers)]
-        self.depends = dependencies((items[number], traced) for number, traced in self.traced.items())
+        self.guards = guards_of((items[number], traced) for number, traced in self.traced.items())
         self.reads_params = any(f"{CONTEXT}param" in traced.trace.inputs for traced in self.traced.values())
 
     def run(self, work: Pass) -> None:
@@ -219,7 +219,7 @@ class Block:
         self.numbers = numbers
         self.readers = [owner.reader(name, numbers, traces[0], single=self.takes_one(name)) for name in program.inputs]
         self.states = [i for i, name in enumerate(program.inputs) if name.startswith(STATE)]
-        self.constants = program.constants(traces)
+        self.numbers_by_tensor = program.numbers_by_tensor(traces)
         self.buffers = owner.buffers
 
     @property
@@ -241,7 +241,7 @@ class Block:
 
     def call(self, given: list[Any]) -> None:
         """Transform the tensors: call the program with its inputs."""
-        self.program.run(*given, *self.constants)
+        self.program.run(*given, *self.numbers_by_tensor)
 
     def _copies(self, states: Any, work: Pass) -> Any:
         """Return copies of states, which are written into the originals when the step is done."""
@@ -272,7 +272,7 @@ class Pieces(Block):
                 value[start : start + length] if _is_of_each(name) else value
                 for name, value in zip(self.program.inputs, flat, strict=True)
             )
-            self.program.run(*piece, *self.constants)
+            self.program.run(*piece, *self.numbers_by_tensor)
 
 
 class Stacked(Block):
@@ -292,7 +292,7 @@ class Stacked(Block):
                 stacked[i], views = self._stack(name, given[i])
                 if name in self.program.outputs:
                     results.append((given[i], views))
-        self.program.run(*stacked, *self.constants)
+        self.program.run(*stacked, *self.numbers_by_tensor)
         for tensors, views in results:
             torch._foreach_copy_(tensors, views)
 

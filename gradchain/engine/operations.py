@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.contract import ACTED, Group, State, locate
 from gradchain.engine.trace import META, without_data
-from gradchain.engine.traced import Traced, count_units, dependencies, seen_by
+from gradchain.engine.traced import Traced, count_units, guards_of, seen_by
 from gradchain.stage import Part, Stage, below
 
 COUNTED = ("acted", "units")
@@ -122,7 +122,7 @@ class Operation(ABC):
     precedes_skip = False
     reads_params = True
     """Whether a stage can read ``group["param"]``."""
-    depends: Sequence[Callable[[], bool]] = ()
+    guards: Sequence[Callable[[], bool]] = ()
     """Functions that tell whether what the operation depends on, besides the tensors, is unchanged."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
@@ -252,7 +252,7 @@ class Gathering(AsItIs):
     def __init__(self, slot: str, part: Part, items: Sequence[SlotTensor], traced: Mapping[int, Traced | None]) -> None:
         super().__init__(slot, part._replace(numbers=list(traced)), items, "needs the whole of sharded tensors")
         self.traced = traced
-        self.depends = dependencies((items[number], each) for number, each in traced.items() if each is not None)
+        self.guards = guards_of((items[number], each) for number, each in traced.items() if each is not None)
 
     def context_of(self, number: int) -> Iterable[str]:
         traced = self.traced[number]

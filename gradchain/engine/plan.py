@@ -18,7 +18,7 @@ from gradchain.engine.forms import Forms
 from gradchain.engine.jointly import Jointly
 from gradchain.engine.operations import AsItIs, Gathering, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.states import ParamTable
-from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, has, trace_stages
+from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, still_has, trace_stages
 from gradchain.stage import Part, Stage
 
 
@@ -35,7 +35,7 @@ class Plan:
         operations: What runs, in order.
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether a step can no longer raise, because making the plan has already tried all that could.
-        depends: Functions that tell whether what the plan depends on, besides the tensors, is unchanged.
+        guards: Functions that tell whether what the plan depends on, besides the tensors, is unchanged.
         skips: Whether a stage can call the step off.
         reads_params: Whether a stage can read ``group["param"]``.
     """
@@ -56,14 +56,14 @@ class Plan:
                 self._share_states(part)
         self.operations = list(self._make_operations(fused))
         selected_by = {
-            (id(item.group), key): partial(has, item.group, key, value)
+            (id(item.group), key): partial(still_has, item.group, key, value)
             for item, group in zip(items, noted, strict=True)
             for key, value in group.reads.items()
             if key not in item.own_keys and key != "param"
         }
-        self.depends: list[Callable[[], bool]] = [
+        self.guards: list[Callable[[], bool]] = [
             *selected_by.values(),
-            *(each for operation in self.operations for each in operation.depends),
+            *(each for operation in self.operations for each in operation.guards),
         ]
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
         forms = [items[number].example for number in self.touched]
@@ -246,13 +246,13 @@ class SlotPlans:
             grad is not None and (grad.is_neg() or grad.is_conj() or not grad.is_contiguous()) for grad in grads
         )
         self.cannot_raise = all(plan.cannot_raise for plan in plans.values())
-        self.depends: list[Callable[[], bool]] = [
-            partial(has, group, key, group.get(key, ABSENT))
+        self.guards: list[Callable[[], bool]] = [
+            partial(still_has, group, key, group.get(key, ABSENT))
             for group in param_table.groups
             for key in ("param_names", "differentiable")
         ]
         for plan in plans.values():
-            self.depends += plan.depends
+            self.guards += plan.guards
         # A gradient of another shape than its parameter is from before the parameter was replaced. Plans for it are not
         # kept, because the next gradient has the new shape.
         self.can_be_kept = all(
@@ -266,5 +266,5 @@ class SlotPlans:
             and self.param_table is param_table
             and self.grad_forms.are_of(grads)
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
-            and all(holds() for holds in self.depends)
+            and all(holds() for holds in self.guards)
         )

@@ -19,7 +19,7 @@ class Program:
 
     Attributes:
         source: The code.
-        run: The function. It takes the inputs that ``inputs`` names, and then the lists that ``constants`` returns.
+        run: The function. It takes what ``inputs`` names, and then the lists that ``numbers_by_tensor`` returns.
         inputs: The names of the inputs.
         outputs: The names of the inputs that the function overwrites.
         single: Whether the function takes one tensor at a time, without a list.
@@ -33,7 +33,7 @@ class Program:
     single: bool
     differing: tuple[Callable[[Trace], Any], ...]
 
-    def constants(self, traces: Sequence[Trace]) -> list[list[Any]]:
+    def numbers_by_tensor(self, traces: Sequence[Trace]) -> list[list[Any]]:
         """Return the numbers that differ from tensor to tensor, as lists."""
         return [[find(trace) for trace in traces] for find in self.differing]
 

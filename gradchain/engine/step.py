@@ -117,10 +117,11 @@ class Step:
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
         self.transform_update()
+        self.transform_params()
         self.commit()
 
     def transform_update(self) -> None:
-        """Run the plans of ``update`` and ``post``."""
+        """Run the plan of ``update``."""
         plans = self.make_plans().of if self.plans is None else self.plans  # None if the closure was not called
         params, update = self.param_table.params, plans.get("update")
         if update is not None and update.touched:
@@ -133,7 +134,6 @@ class Step:
                 _subtract(moved, before, checks_sums=update.is_on_cpu and not torch.compiler.is_compiling())
                 self._run(update, params, {"param": self.before, "grad": self.grads})
                 torch._foreach_add_(moved, before)
-        self.transform_params()
 
     def transform_params(self) -> None:
         """Run the plan and the hook of ``post``."""
@@ -145,7 +145,7 @@ class Step:
                 self._run(plan, self.param_table.params, {"grad": self.grads})
             self._run_hooks("post")
 
-    def keep_states(self) -> None:
+    def install_states(self) -> None:
         """Put the new states in place of the old ones."""
         for each in self.passes:
             each.commit()
@@ -153,7 +153,7 @@ class Step:
 
     def commit(self) -> None:
         """Keep the new states, and show them to the inner optimizer."""
-        self.keep_states()
+        self.install_states()
         self.engine.steps += 1
         self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()

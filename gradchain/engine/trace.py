@@ -29,7 +29,7 @@ class Ref(NamedTuple):
     number: int
 
 
-FILLS = frozenset({"zeros_like", "ones_like", "full_like", "scalar_tensor", "_to_copy"})
+ALSO_POINTWISE = frozenset({"zeros_like", "ones_like", "full_like", "scalar_tensor", "_to_copy"})
 """Operations that torch does not tag as pointwise, although no element depends on elements in other places."""
 
 
@@ -82,7 +82,7 @@ class Trace:
         """Whether each element of the results depends on the elements of the inputs in the same place alone."""
         shape = self.forms[self.inputs[TENSOR]][0]
         shapes = (self.forms[n][0] for n in (*self.inputs.values(), *self.outputs.values()))
-        return all(call.is_pointwise or call.name in FILLS for call in self.calls) and all(
+        return all(call.is_pointwise or call.name in ALSO_POINTWISE for call in self.calls) and all(
             each in ((), shape) for each in shapes
         )
 

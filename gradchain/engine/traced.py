@@ -40,7 +40,7 @@ class Traced:
     def holds(self, group: Group) -> bool:
         """Whether the trace is one for ``group``, too."""
         return all(reading.holds() for reading in self.readings) and all(
-            has(group, key, value) for key, value in self.keys.items()
+            still_has(group, key, value) for key, value in self.keys.items()
         )
 
     def reads(self, key: str) -> bool:
@@ -48,15 +48,15 @@ class Traced:
         return CONTEXT + key in self.trace.inputs
 
 
-class Kind(NamedTuple):
+class AnyOfKind(NamedTuple):
     """What a trace depends on of a value that is one of its inputs."""
 
     of: Any
 
 
-def kind_of(value: Any) -> Kind:
+def kind_of(value: Any) -> AnyOfKind:
     """Return the form of a tensor, or the type of anything else."""
-    return Kind(form_of(value) if isinstance(value, Tensor) else type(value))
+    return AnyOfKind(form_of(value) if isinstance(value, Tensor) else type(value))
 
 
 class UntracedStage(Exception):  # noqa: N818
@@ -330,7 +330,7 @@ def count_units(counts: State, told: State) -> State:
     return {"acted": counts["acted"] + (flags.sum() if flags.ndim else flags), "units": counts["units"] + flags.numel()}
 
 
-def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
+def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
     """Return the conditions under which traces stay valid, given pairs of an item and its trace."""
     found: dict[Any, Callable[[], bool]] = {}
     for item, each in traced:
@@ -338,14 +338,14 @@ def dependencies(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[
             found[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
-                found[id(item.group), key, id(value)] = partial(has, item.group, key, value, item.signals)
+                found[id(item.group), key, id(value)] = partial(still_has, item.group, key, value, item.signals)
     return list(found.values())
 
 
-def has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
-    """Whether a group or a signal still has ``value`` under ``key``, or a value of that kind if it is a ``Kind``."""
+def still_has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
+    """Whether a group or a signal still has ``value`` under ``key``, or a value of that kind if it is ``AnyOfKind``."""
     now = group.get(key, signals.get(key, ABSENT))
-    if type(value) is Kind:
+    if type(value) is AnyOfKind:
         return kind_of(now) == value
     return now is value or (type(now) is type(value) and is_same(now, value))
 
