@@ -33,6 +33,7 @@ from gradchain import (
     normalize,
     param_ema,
     partition,
+    project_l2_ball,
     scale,
     sign,
     skip_nonfinite,
@@ -383,6 +384,12 @@ def test_nothing_is_written_to() -> None:
 
 X = torch.ones(2)
 TREE = {"layer1": {"weight": torch.ones(2, 2), "bias": X}, "last": [X]}
+
+
+def test_keys_without_a_prefix() -> None:
+    ball = project_l2_ball(1.0).named(radius="epsilon")
+    result = apply(ball, torch.tensor([3.0, 4.0]), {"epsilon": 0.5, "lr": 0.1, "param_ndim": None})
+    torch.testing.assert_close(result, torch.tensor([0.3, 0.4]))
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_a_parameter_without_dimensions_where_units_do_not_matter() -> None:
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_duplicate_parameter() -> None:
     x = param(1.0)
-    with pytest.raises(ValueError, match="group 0: a parameter appears twice; give it once"):
+    with pytest.raises(ValueError, match="^group 0: a parameter appears twice; give it once"):
         ParamTransformingOptimizer([x, x])
 
 
