@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.sides import Ours, Side
 from benchmarks.workloads import alike
@@ -113,10 +114,15 @@ def parameter_bytes() -> int:
 
 
 def _peak(ours: Ours, device: str, is_bare: bool) -> int:
-    """The largest memory of a process that makes the state of the inner optimizer, and then some steps."""
-    params = [torch.zeros(shape, device=device).fill_(1.0).requires_grad_() for shape in MEMORY_WORKLOAD.shapes]
-    for param in params:
-        param.grad = torch.full_like(param, 1e-3)
+    """The largest memory of a process that makes the state of the inner optimizer, and then some steps.
+
+    Steps of a small parameter come first, so that either process has loaded all code that steps with transforms need.
+    """
+    small = _with_grad(torch.zeros(64, 64, device=device))
+    warm_up = ours.wrap(ours.inner([small]))
+    for _ in range(2):
+        warm_up.step()
+    params = [_with_grad(torch.zeros(shape, device=device)) for shape in MEMORY_WORKLOAD.shapes]
     inner = ours.inner(params)
     for _ in range(2):
         inner.step()
@@ -130,3 +136,8 @@ def _peak(ours: Ours, device: str, is_bare: bool) -> int:
     # Of this process alone; getrusage would count the one that it was forked from.
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+def _with_grad(param: Tensor) -> Tensor:
+    param.fill_(1.0).requires_grad_().grad = torch.full_like(param, 1e-3)
+    return param
