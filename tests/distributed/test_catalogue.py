@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from abc import ABCMeta
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, get_type_hints
@@ -47,7 +48,7 @@ def makes_transforms(name: str) -> bool:
     if not inspect.isfunction(factory) or hasattr(factory, "definition"):
         return hasattr(factory, "definition")
     made = get_type_hints(factory).get("return")
-    return inspect.isclass(made) and issubclass(made, Stage)
+    return isinstance(made, ABCMeta) and issubclass(made, Stage)
 
 
 def test_all_that_is_exported_is_tested() -> None:
