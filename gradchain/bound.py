@@ -48,19 +48,21 @@ class BoundTransform(Each):
     def __post_init__(self) -> None:
         definition, defaults = self.definition, self.arguments
         is_stateful, measures = definition.init is not None, definition.measure is not None
-        vars(self).update(  # since it is frozen
-            hyperparameters={self.key(name): defaults[name] for name in definition.hyperparameters},
-            needed=tuple(name for name in definition.hyperparameters if defaults[name] is FROM_GROUP),
-            stateful=is_stateful,
-            measures=measures,
-            measures_shards=definition.measures_shards,
-            shares_state=is_stateful and measures,
-            skip_keys=() if definition.skip is None else (definition.skip,),
-            reports=() if definition.skip is None else ("in_a_row", "total"),
-            counts=definition.counts,
-            keeps_average=definition.average is not None,
-            starts_early=definition.start is not None,
-        )
+        attributes: Group = {
+            "hyperparameters": {self.key(name): defaults[name] for name in definition.hyperparameters},
+            "needed": tuple(name for name in definition.hyperparameters if defaults[name] is FROM_GROUP),
+            "stateful": is_stateful,
+            "measures": measures,
+            "measures_shards": definition.measures_shards,
+            "shares_state": is_stateful and measures,
+            "skip_keys": () if definition.skip is None else (definition.skip,),
+            "reports": () if definition.skip is None else ("in_a_row", "total"),
+            "counts": definition.counts,
+            "keeps_average": definition.average is not None,
+            "starts_early": definition.start is not None,
+        }
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)  # since it is frozen
         definition.read_annotations()
 
     def key(self, name: str) -> str:
