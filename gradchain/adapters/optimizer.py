@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -183,9 +182,7 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
     ) -> None:
         chains = make_chains(pre=pre, update=update, post=post)
         numbered = number_chains(chains)
-        inner_opt = make_inner(
-            params, InnerOpt, inner_opt_kwargs, groups, model, list(signature(type(self)).parameters)
-        )
+        inner_opt = make_inner(params, InnerOpt, inner_opt_kwargs, groups, model, type(self))
         inner = parts(inner_opt)
         if any(isinstance(part, ParamTransformingOptimizer) for part in inner):
             raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -30,11 +31,11 @@ def make_inner(
     kwargs: dict[str, Any],
     groups: Mapping[Any, Mapping[str, Any]] | None,
     model: nn.Module | None,
-    own_arguments: Sequence[str],
+    owner: type,
 ) -> Optimizer:
     """The inner optimizer: ``InnerOpt`` itself if it is one, else made of ``params`` and ``kwargs``.
 
-    ``own_arguments`` are names that a mistyped one of ``kwargs`` can have meant.
+    A mistyped one of ``kwargs`` can have meant an argument of ``owner``, the class of the optimizer around it.
     """
     if isinstance(params, Optimizer):
         raise TypeError(
@@ -63,7 +64,7 @@ def make_inner(
             f"params are needed to make the inner optimizer, {', '.join(map(_name, factories.values()))}; got None"
         )
     if not isinstance(InnerOpt, Mapping):
-        _require_arguments(InnerOpt, kwargs, own_arguments)
+        _require_arguments(InnerOpt, kwargs, owner)
         if not groups:
             return InnerOpt(params, **kwargs)
     given_groups = list_groups(params)
@@ -79,7 +80,7 @@ def make_inner(
     return _make_several(given_groups, InnerOpt, names)
 
 
-def _require_arguments(factory: Factory, kwargs: Mapping[str, Any], own_arguments: Sequence[str]) -> None:
+def _require_arguments(factory: Factory, kwargs: Mapping[str, Any], owner: type) -> None:
     known = argument_names(factory)
     if known is None:
         return
@@ -87,7 +88,7 @@ def _require_arguments(factory: Factory, kwargs: Mapping[str, Any], own_argument
         if name not in known:
             raise TypeError(
                 f"neither ParamTransformingOptimizer nor its inner optimizer, {_name(factory)}, has an argument "
-                f"{name!r}{did_you_mean(name, [*own_arguments, *known])}"
+                f"{name!r}{did_you_mean(name, [*signature(owner).parameters, *known])}"
             )
 
 

@@ -108,13 +108,13 @@ class NotedGroup(dict[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         """Return a plain dict of all values, in which reading is not noted."""
-        return dict(self.items())
+        return {**self}
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        return {**self.copy(), **other}
+        return {**self, **other}
 
     def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        return {**other, **self.copy()}
+        return {**other, **self}
 
 
 class TracedGroup(NotedGroup):

@@ -117,7 +117,7 @@ class Writer(Values):
             text = self.names[leaf.number] if is_value else self._literal(leaf)
             kinds.append(self.kinds[leaf.number] if is_value else Kind.SHARED)
             if kinds[-1] is Kind.NUMBER:
-                text = f"torch.tensor({text}, dtype={self.trace.forms[leaf.number][1]}, device=device)"
+                text = self._new_tensor(text, leaf.number)
             texts.append(self._in_loop(text, kinds[-1], f"w{position}", loop))
         expression = f"[{', '.join(texts)}]"
         return (_looped(expression, loop), Kind.EACH) if loop else (expression, max(kinds))
@@ -352,8 +352,10 @@ class Writer(Values):
         is_tensor = str(argument.type) in ("Tensor", "Optional[Tensor]") and text != "None"
         if kind is not Kind.NUMBER or not is_tensor:
             return text
-        dtype = self.trace.forms[leaf.number if isinstance(leaf, Ref) else call.results[0]][1]
-        return f"torch.tensor({text}, dtype={dtype}, device=device)"
+        return self._new_tensor(text, leaf.number if isinstance(leaf, Ref) else call.results[0])
+
+    def _new_tensor(self, text: str, number: int) -> str:
+        return f"torch.tensor({text}, dtype={self.trace.forms[number][1]}, device=device)"
 
     def _in_loop(self, text: str, kind: Kind, variable: str, loop: list[Any]) -> str:
         """Return the argument, or the variable of a loop over it, which is added to ``loop``."""

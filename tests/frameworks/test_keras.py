@@ -25,7 +25,7 @@ os.environ["KERAS_BACKEND"] = "torch"
 keras = pytest.importorskip("keras")
 pytestmark = pytest.mark.filterwarnings("default")
 
-WEIGHTS = {"Dense": torch.randn(3, 4), "Conv2D": torch.randn(3, 4, 2, 2), "Embedding": torch.randn(3, 4)}
+SHAPES = {"Dense": (3, 4), "Conv2D": (3, 4, 2, 2), "Embedding": (3, 4)}
 AXES: dict[str, Any] = {"Dense": 0, "Conv2D": [0, 1, 2], "Embedding": 1}
 KERNELS = {"Dense": (1, 0), "Conv2D": (2, 3, 1, 0), "Embedding": (0, 1)}
 """The dimensions of a weight of torch, in the order in which Keras has them."""
@@ -39,11 +39,11 @@ KERNELS = {"Dense": (1, 0), "Conv2D": (2, 3, 1, 0), "Embedding": (0, 1)}
         ("NonNeg", [], project_nonnegative()),
     ],
 )
-@pytest.mark.parametrize("layer", WEIGHTS)
+@pytest.mark.parametrize("layer", SHAPES)
 def test_constraints(name: str, given: list[float], ours: Transform, layer: str) -> None:
     axis = {} if name == "NonNeg" else {"axis": AXES[layer]}
     constraint = getattr(keras.constraints, name)(*given, **axis)
-    weight, order = WEIGHTS[layer], KERNELS[layer]
+    weight, order = torch.randn(SHAPES[layer], generator=torch.Generator().manual_seed(0)), KERNELS[layer]
     torch.testing.assert_close(broadcast(ours, -1)(weight, {}).permute(order), constraint(weight.permute(order)))
 
 
