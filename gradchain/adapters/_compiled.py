@@ -48,7 +48,6 @@ def _begin(optimizer: ParamTransformingOptimizer, closure: Callable[[], Any] | N
 
     What happens once, such as making states, is left out of graphs, and so is what depends on values.
     """
-    optimizer._complete_groups()
     if closure is not None or is_dry_run(optimizer.param_groups):
         return None, optimizer._step(closure)
     step = Step(optimizer._engine)

@@ -20,7 +20,7 @@ from gradchain.chain import Chain, chain
 from gradchain.contract import Group, is_same
 from gradchain.engine.combined import CombinedOptimizer, defaults_of_any, name_of
 from gradchain.engine.engine import Engine, Weak
-from gradchain.engine.groups import ATTACHED, complete_groups, hyperparameters
+from gradchain.engine.groups import ATTACHED, hyperparameters
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_setup
 from gradchain.engine.states import KEY, SLOTS, ParamEntry, TransformStates
@@ -44,7 +44,7 @@ class Hooks:
         self.attached: list[Attached] = []
         self._numbered: list[Mapping[str, Chain]] = []
         """The chains of each, with the keys that they keep when others are removed."""
-        self.defaults: dict[str, Any] = {}
+        self._own_defaults: dict[str, Any] = {}
         self._own_keys: dict[tuple[int, int], set[str]] = {}
         """The keys that each group had by itself, by the optimizer and by the group."""
         self._handles: list[RemovableHandle] = []
@@ -75,16 +75,16 @@ class Hooks:
         chains = {slot: chain(getattr(self, slot), numbered[slot]) for slot in SLOTS}
         hyperparameters(chains)  # raises where two have one key
         for key, value in attached.defaults.items():
-            if key in self.defaults and not is_same(value, self.defaults[key]):
+            if key in self._own_defaults and not is_same(value, self._own_defaults[key]):
                 raise ValueError(
-                    f'"{key}" is {self.defaults[key]!r} by what is attached already, and cannot be {value!r} too; give '
-                    "the same, with broadcast(t, n) around a transform that needs another param_ndim"
+                    f'"{key}" is {self._own_defaults[key]!r} by what is attached already, and cannot be {value!r} too; '
+                    "give the same, with broadcast(t, n) around a transform that needs another param_ndim"
                 )
         groups = [{**attached.defaults, **group} for group in self.param_groups]
         names = self.engine.names.joined_by(model, self.engine.param_table.params)
         known = defaults_of_any(self.inner_opt).keys()
-        check_setup(groups, chains, numbered, names, known - self.defaults.keys())
-        new = attached.defaults.keys() - self.defaults.keys() - known
+        check_setup(groups, chains, numbered, names, known - self._own_defaults.keys())
+        new = attached.defaults.keys() - self._own_defaults.keys() - known
         for place, group in self._located_groups():
             self._own_keys.setdefault(place, set()).update(new & group.keys())
         if not self.attached:
@@ -92,10 +92,10 @@ class Hooks:
             self._register()
         self.attached.append(attached)
         self._numbered.append(numbered)
-        self.defaults.update(attached.defaults)
+        self._own_defaults.update(attached.defaults)
         for optimizer in self.optimizers:
             optimizer.defaults.update(attached.defaults)
-        complete_groups(self.param_groups, self.defaults)
+        self.engine.complete_groups()
         self.engine.note_keys()
         self.engine.set_names(names)
         self.pre, self.update, self.post = (chains[slot] for slot in SLOTS)
@@ -122,8 +122,8 @@ class Hooks:
             setattr(self, slot, new)
         self._rename_states(paths)
         self.attached = before + after
-        self.defaults = {key: value for each in self.attached for key, value in each.defaults.items()}
-        for key in attached.defaults.keys() - self.defaults.keys():
+        self._own_defaults = {key: value for each in self.attached for key, value in each.defaults.items()}
+        for key in attached.defaults.keys() - self._own_defaults.keys():
             for optimizer in self.optimizers:
                 optimizer.defaults.pop(key, None)
             for place, group in self._located_groups():
@@ -172,7 +172,6 @@ class Hooks:
 
     @_disable_dynamo
     def _begin(self, optimizer: Optimizer, frame: FrameType | None, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        complete_groups(self.param_groups, self.defaults)
         if not (self.pre or self.update or self.post or any(map(rescales, self.param_groups))):
             return None
         _require_unscaled(optimizer)

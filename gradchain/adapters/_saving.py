@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradchain.engine.engine import Weak
-from gradchain.engine.groups import complete_groups
 from gradchain.engine.states import TransformStates
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Saving:
 
     def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         hooks = self._hooks()
-        hooks.engine.complete(state_dict, hooks.defaults, optimizer)
+        hooks.engine.complete(state_dict, optimizer)
         self._has_saved = True
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -73,7 +72,7 @@ class Saving:
     def _after_loading(self, optimizer: Optimizer) -> None:
         if self._loaded is not None and not self._loads_by_own_code:
             hooks = self._hooks()
-            complete_groups(optimizer.param_groups, hooks.defaults)
+            hooks.engine.complete_groups()
             hooks.engine.load_states(self._loaded, optimizer)
             self._loaded = None
 
@@ -101,5 +100,5 @@ class Saving:
     def _read(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take the states out of a state dict, and keep them."""
         hooks = self._hooks()
-        self._loaded, bare = hooks.engine.read_state_dict(state_dict, hooks.defaults, self._optimizer())
+        self._loaded, bare = hooks.engine.read_state_dict(state_dict, self._optimizer())
         return bare

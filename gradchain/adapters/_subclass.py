@@ -29,9 +29,6 @@ class SubclassHooks:
             slot for slot, hook in hooks.items() if getattr(cls, hook) is not getattr(base, hook)
         )
 
-    def _complete_groups(self) -> None:
-        raise NotImplementedError
-
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Edit ``param.grad`` (or ``param``) in place before the inner step; for subclasses, does nothing here.
 
@@ -50,7 +47,6 @@ class SubclassHooks:
 
     def _apply_pre_step_transform_(self) -> None:
         """Do all that precedes the inner step: ``pre``, ``_pre_step_transform_``, ``grad_scale`` and ``grad_bias``."""
-        self._complete_groups()
         step = Step(self._engine)
         try:
             step.transform_grads()
@@ -64,7 +60,6 @@ class SubclassHooks:
 
     def _apply_post_step_transform_(self) -> None:
         """Do all that comes after the inner step: ``post`` and ``_post_step_transform_``."""
-        self._complete_groups()
         step = Step(self._engine)
         try:
             step.transform_params()

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gradchain.adapters._snapshot import preserved
 from gradchain.chain import Chain
-from gradchain.contract import Group, locate, show
+from gradchain.contract import locate, show
 from gradchain.engine.engine import Engine
-from gradchain.engine.groups import complete_groups
 from gradchain.engine.operations import Pass, SkippedStep
 from gradchain.engine.plan import Plan
 from gradchain.engine.step import Step, is_dry_run
@@ -22,7 +21,7 @@ INPUTS = {"pre": "gradient", "update": "update", "post": "parameter"}
 """What the stages of a slot act on."""
 
 
-def explain_step(engine: Engine, defaults: Group) -> Explanation:
+def explain_step(engine: Engine) -> Explanation:
     """Show what each stage of the chains does in the next step.
 
     The plan that trains runs on the very parameters, and on copies of the gradients and states; then all is as before.
@@ -34,7 +33,6 @@ def explain_step(engine: Engine, defaults: Group) -> Explanation:
         try:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = None if grad is None else grad.detach().clone()
-            complete_groups(owner.param_groups, defaults)
             if not is_dry_run(owner.param_groups):
                 plans = Step(engine.trial()).plans or {}
                 program = "\n".join(plan.listing() for plan in plans.values())

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from gradchain.adapters._trial import explain_step
-from gradchain.contract import Group
 from gradchain.engine.engine import Engine
 from gradchain.engine.metrics import read_metrics
 from gradchain.engine.signals import make_signals
@@ -18,8 +17,8 @@ from gradchain.explain import Explanation
 class Views:
     """The methods that ``ParamTransformingOptimizer`` and what ``attach`` returns have in common."""
 
-    def _see(self, method: str) -> tuple[Engine, Group]:
-        """The engine, and the keys that joined the param groups; ``method`` asks for them."""
+    def _see(self, method: str) -> Engine:
+        """The engine; ``method`` asks for it."""
         raise NotImplementedError
 
     def explain(self) -> Explanation:
@@ -47,7 +46,7 @@ class Views:
             gradient                             10   7.071    6    8     7    0%          0%       1
               normalize()  the whole tensor       1  0.7071  0.6  0.8   0.7    0%          0%       1     100%  traced
         """
-        return explain_step(*self._see("explain"))
+        return explain_step(self._see("explain"))
 
     def metrics(self, *, per_parameter: bool = False) -> dict[str, float]:
         """What ``monitor``, clips and skips have seen, by name: ``self.log_dict(optimizer.metrics())`` in Lightning.
@@ -77,7 +76,7 @@ class Views:
             >>> metrics["pre/monitor/ratio"], metrics["pre/clip_by_norm/share_clipped"]
             (2.0, 0.5)
         """
-        engine, _ = self._see("metrics")
+        engine = self._see("metrics")
         return read_metrics(engine, per_parameter=per_parameter)
 
     def signal(self, *, reduce: str | None = "mean", **values: float | Tensor) -> None:
@@ -109,7 +108,7 @@ class Views:
             >>> x
             tensor([0.2500], requires_grad=True)
         """
-        engine, _ = self._see("signal")
+        engine = self._see("signal")
         engine.signals |= make_signals(values, engine.owner.param_groups, reduce)
 
     @contextmanager
@@ -134,6 +133,6 @@ class Views:
             >>> x.item()
             0.0
         """
-        engine, _ = self._see("averaged")
+        engine = self._see("averaged")
         with engine.averaged():
             yield

@@ -13,7 +13,7 @@ from gradchain.adapters._hooks import Hooks
 from gradchain.adapters._views import Views
 from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain
-from gradchain.contract import Group, Transform
+from gradchain.contract import Transform
 from gradchain.engine.combined import name_of, require_disjoint
 from gradchain.engine.engine import Engine, Weak
 from gradchain.engine.groups import ATTACHED, DEFAULTS, make_chains, number_chains, own_defaults, prefixes
@@ -104,7 +104,7 @@ def attach(
     hooks = _hooks_of(list(optimizer) if isinstance(optimizer, Sequence) else [optimizer])
     chains = make_chains(pre=pre, update=update, post=post)
     numbered = number_chains(chains, prefixes(getattr(hooks, slot) for slot in SLOTS))
-    joining = own_defaults(numbered, hooks.inner_opt, hooks.defaults, defaults, param_ndim=param_ndim)
+    joining = own_defaults(numbered, hooks.inner_opt, hooks._own_defaults, defaults, param_ndim=param_ndim)
     attached = Attached(hooks, chains, joining, defaults or {})
     hooks.add(attached, numbered, model)
     return attached
@@ -152,11 +152,10 @@ class Attached(Views):
         if self._hooks.exists:
             self._hooks().remove(self)
 
-    def _see(self, method: str) -> tuple[Engine, Group]:
+    def _see(self, method: str) -> Engine:
         if not self._hooks.exists:
             raise RuntimeError(f"{self!r} is removed, and its states with it; call {method}() before remove()")
-        hooks = self._hooks()
-        return hooks.engine, hooks.defaults
+        return self._hooks().engine
 
     def __enter__(self) -> Attached:
         return self

@@ -189,7 +189,7 @@ class _OneParameter:
         self.pre, self.update, self.post = optimizer.pre, optimizer.update, optimizer.post
         for slot in SLOTS:
             _require_local(getattr(self, slot), slot)
-        optimizer._complete_groups()
+        optimizer._engine.complete_groups()
         param_table = copy.copy(optimizer._engine.param_table)
         self.entry = param_table.entries[self.entry.number]
         param_table.entries, param_table.params = [self.entry], [self.entry.param]
@@ -202,6 +202,10 @@ class _OneParameter:
     def param_groups(self) -> list[Group]:
         """The group, with this parameter alone."""
         return self.inner_opt.param_groups
+
+    @property
+    def _own_defaults(self) -> Group:
+        return self.optimizer._own_defaults
 
     @property
     def _hooked_slots(self) -> frozenset[str]:

@@ -17,13 +17,12 @@ from gradchain.adapters._compiled import step_compiled
 from gradchain.adapters._subclass import SubclassHooks
 from gradchain.adapters._views import Views
 from gradchain.chain import Chain
-from gradchain.contract import Group, Transform, is_same
+from gradchain.contract import Transform, is_same
 from gradchain.engine.combined import defaults_of_any, parts
 from gradchain.engine.engine import Engine
 from gradchain.engine.groups import (
     DEFAULTS,
     check_group,
-    complete_groups,
     hyperparameters,
     make_chains,
     number_chains,
@@ -289,7 +288,6 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         groups = self.inner_opt.param_groups
         if not (self.pre or self.update or self.post or self._hooked_slots or any(map(rescales, groups))):
             return self.inner_opt.step() if closure is None else self.inner_opt.step(closure)
-        complete_groups(groups, self._own_defaults)
         if closure is None and is_dry_run(groups):
             loss = self.inner_opt.step()
             self._engine.start()
@@ -335,7 +333,7 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.inner_opt.state_dict()
-        self._engine.complete(state_dict, self._own_defaults, self.inner_opt)
+        self._engine.complete(state_dict, self.inner_opt)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -346,21 +344,18 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, bare = self._engine.read_state_dict(state_dict, self._own_defaults, self.inner_opt)
+        states, bare = self._engine.read_state_dict(state_dict, self.inner_opt)
         self.inner_opt.load_state_dict(bare)
-        self._complete_groups()
+        self._engine.complete_groups()
         self._engine.load_states(states, self.inner_opt)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _see(self, method: str) -> tuple[Engine, Group]:
-        return self._engine, self._own_defaults
+    def _see(self, method: str) -> Engine:
+        return self._engine
 
     def _chains(self) -> dict[str, Chain]:
         return {slot: getattr(self, slot) for slot in SLOTS}
-
-    def _complete_groups(self) -> None:
-        complete_groups(self.param_groups, self._own_defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         # Like torch, without hooks; "step" is in the instance only where a scheduler has patched it.
@@ -374,7 +369,7 @@ class ParamTransformingOptimizer(Views, SubclassHooks, Optimizer):
         self._engine = Engine(self, *map(state.__getitem__, of_engine))
         for part in parts(self.inner_opt):
             part.__dict__[DEFAULTS] = self._own_defaults  # which copies of an optimizer lose
-        self._complete_groups()
+        self._engine.complete_groups()
         self._engine.note_keys()
 
     def __getattr__(self, name: str) -> Any:

@@ -22,6 +22,7 @@ from gradchain.engine.by_name import add_names, arrange_by_name
 from gradchain.engine.combined import defaults_of_any, name_of
 from gradchain.engine.forms import like_without_memory
 from gradchain.engine.groups import (
+    Snapshot,
     check_group,
     check_support,
     complete_groups,
@@ -56,6 +57,11 @@ class Owner(Protocol):
 
     @property
     def param_groups(self) -> list[Group]: ...
+
+    @property
+    def _own_defaults(self) -> Group:
+        """The keys that join the groups, with the values for groups that lack them."""
+        ...
 
     _hooked_slots: ClassVar[frozenset[str]]
     """The slots for which ``_run_hook`` does anything."""
@@ -111,6 +117,8 @@ class Engine:
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: SlotPlans | None = None
+        self._last_groups: Snapshot | None = None
+        """What the groups held when a step last found nothing wrong with them."""
         self._param_table: ParamTable | None = None
         self._is_settled = True
         """Whether the states are known to fit the chains."""
@@ -126,7 +134,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes without the plans and the table of parameters, which a copy makes anew."""
-        return self.__dict__ | {"_plans": None, "_param_table": None}
+        return self.__dict__ | {"_plans": None, "_last_groups": None, "_param_table": None}
 
     @property
     def owner(self) -> Owner:
@@ -244,11 +252,10 @@ class Engine:
         groups = set(map(id, optimizer.param_groups))
         return [entry for entry in self.param_table.entries if id(entry.group) in groups]
 
-    def read_state_dict(
-        self, state_dict: Group, defaults: Group, optimizer: Optimizer
-    ) -> tuple[TransformStates, Group]:
+    def read_state_dict(self, state_dict: Group, optimizer: Optimizer) -> tuple[TransformStates, Group]:
         """Return the states in a state dict, and the state dict without them; raise if either does not fit."""
         owner, entries = self.owner, self.entries_of(optimizer)
+        defaults = owner._own_defaults
         if "param_groups" in state_dict:
             state_dict = arrange_by_name(state_dict, optimizer.param_groups, entries)
         states, bare = TransformStates.split(state_dict, entries)
@@ -266,6 +273,22 @@ class Engine:
     def note_keys(self) -> None:
         """Remember the keys of the groups, which have been checked."""
         self._keys = [set(group) for group in self.owner.param_groups]
+
+    def complete_groups(self) -> None:
+        """Give the groups the keys that they lack."""
+        complete_groups(self.owner.param_groups, self.owner._own_defaults)
+
+    def check_groups(self) -> bool:
+        """Complete the groups and check their keys. Return True if the groups are just as they were in the last step.
+
+        Then all that a step checks in the groups, and all that its plans depend on there, is known to hold.
+        """
+        if self._last_groups is not None and self._last_groups.is_of(self.owner.param_groups):
+            return True
+        self._last_groups = None
+        self.complete_groups()
+        self.check_keys()
+        return False
 
     def check_keys(self) -> None:
         """Raise or warn if a group has got a mistyped key. While no key is new, this only compares sets."""
@@ -300,9 +323,9 @@ class Engine:
         """Return a context manager, within which the parameters have the averages that ``post`` keeps of them."""
         return self.synced_states().averaged(self.stage("post"))
 
-    def complete(self, state_dict: Group, defaults: Group, optimizer: Optimizer) -> None:
+    def complete(self, state_dict: Group, optimizer: Optimizer) -> None:
         """Put the states into a state dict of an optimizer, and the keys that its groups lack."""
-        complete_groups(state_dict.get("param_groups", ()), defaults)
+        complete_groups(state_dict.get("param_groups", ()), self.owner._own_defaults)
         states, entries = self.synced_states(), self.entries_of(optimizer)
         for slot in SLOTS:  # a transform that has joined the chain since the last step has no state yet
             stage = self.stage(slot)
@@ -329,13 +352,16 @@ class Engine:
 
     def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
         """Return the plans, which are made anew when anything that they depend on has changed."""
-        owner, known = self.owner, self._plans
+        owner, known, same_groups = self.owner, self._plans, self.check_groups()
         chains = owner.pre, owner.update, owner.post
-        if known is None or not known.are_for(chains, param_table, grads):
+        if known is None or not known.are_for(chains, param_table, grads, same_groups=same_groups):
             known = self._make_plans(chains, param_table, grads)
             self._plans = known if known.can_be_kept else None
-        for plan in known.of.values():
-            plan.prepare()
+            same_groups = False
+        if not same_groups:
+            for plan in known.of.values():
+                plan.prepare()
+            self._last_groups = Snapshot(owner.param_groups)
         self._had_grads = known.have_grads
         return known
 

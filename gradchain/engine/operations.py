@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from gradchain._sharding import distribute_like, gather, is_distributed, local, local_part
 from gradchain.contract import ACTED, Group, State, locate
 from gradchain.engine.trace import META, without_data
-from gradchain.engine.traced import Traced, count_units, guards_of, seen_by
+from gradchain.engine.traced import Guards, Traced, count_units, guards_of, seen_by
 from gradchain.stage import Part, Stage, below
 
 COUNTED = ("acted", "units")
@@ -122,8 +122,8 @@ class Operation(ABC):
     precedes_skip = False
     reads_params = True
     """Whether a stage can read ``group["param"]``."""
-    guards: Sequence[Callable[[], bool]] = ()
-    """Functions that tell whether what the operation depends on, besides the tensors, is unchanged."""
+    guards = Guards()
+    """What the operation depends on besides the tensors."""
 
     def __init__(self, slot: str, parts: Sequence[Part], items: Sequence[SlotTensor]) -> None:
         self.slot = slot

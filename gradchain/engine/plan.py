@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from operator import is_
 from typing import Any
@@ -18,7 +18,7 @@ from gradchain.engine.forms import Forms
 from gradchain.engine.jointly import Jointly
 from gradchain.engine.operations import AsItIs, Gathering, Measure, Operation, Pass, SlotTensor, View, located
 from gradchain.engine.states import ParamTable
-from gradchain.engine.traced import ABSENT, NotedGroup, Traced, UntracedStage, still_has, trace_stages
+from gradchain.engine.traced import ABSENT, Guards, NotedGroup, Traced, UntracedStage, still_has, trace_stages
 from gradchain.stage import Part, Stage
 
 
@@ -35,7 +35,7 @@ class Plan:
         operations: What runs, in order.
         touched: The numbers of the tensors that a stage acts on.
         cannot_raise: Whether a step can no longer raise, because making the plan has already tried all that could.
-        guards: Functions that tell whether what the plan depends on, besides the tensors, is unchanged.
+        guards: What the plan depends on besides the tensors.
         skips: Whether a stage can call the step off.
         reads_params: Whether a stage can read ``group["param"]``.
     """
@@ -61,10 +61,9 @@ class Plan:
             for key, value in group.reads.items()
             if key not in item.own_keys and key != "param"
         }
-        self.guards: list[Callable[[], bool]] = [
-            *selected_by.values(),
-            *(each for operation in self.operations for each in operation.guards),
-        ]
+        self.guards = Guards(tuple(selected_by.values()))
+        for operation in self.operations:
+            self.guards += operation.guards
         self.touched = sorted({number for operation in self.operations for number in operation.numbers})
         forms = [items[number].example for number in self.touched]
         self.is_plain = not any(map(is_distributed, forms))
@@ -246,11 +245,13 @@ class SlotPlans:
             grad is not None and (grad.is_neg() or grad.is_conj() or not grad.is_contiguous()) for grad in grads
         )
         self.cannot_raise = all(plan.cannot_raise for plan in plans.values())
-        self.guards: list[Callable[[], bool]] = [
-            partial(still_has, group, key, group.get(key, ABSENT))
-            for group in param_table.groups
-            for key in ("param_names", "differentiable")
-        ]
+        self.guards = Guards(
+            tuple(
+                partial(still_has, group, key, group.get(key, ABSENT))
+                for group in param_table.groups
+                for key in ("param_names", "differentiable")
+            )
+        )
         for plan in plans.values():
             self.guards += plan.guards
         # A gradient of another shape than its parameter is from before the parameter was replaced. Plans for it are not
@@ -259,12 +260,14 @@ class SlotPlans:
             grad is None or grad.shape == param.shape for param, grad in zip(param_table.params, grads, strict=True)
         )
 
-    def are_for(self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any]) -> bool:
-        """Whether all that the plans depend on is unchanged."""
+    def are_for(
+        self, chains: tuple[Chain, ...], param_table: ParamTable, grads: list[Any], *, same_groups: bool
+    ) -> bool:
+        """Whether all that the plans depend on is unchanged, the groups too unless ``same_groups`` says so already."""
         return (
             all(map(is_, self.chains, chains))
             and self.param_table is param_table
             and self.grad_forms.are_of(grads)
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
-            and all(holds() for holds in self.guards)
+            and self.guards.hold(same_groups=same_groups)
         )

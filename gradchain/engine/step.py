@@ -26,7 +26,8 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
-        engine.check_keys()
+        if with_closure:  # else making the plans does so
+            engine.check_groups()
         engine.synced_states()
         self.param_table = engine.param_table
         self.passes: list[Pass] = []

@@ -330,16 +330,34 @@ def count_units(counts: State, told: State) -> State:
     return {"acted": counts["acted"] + (flags.sum() if flags.ndim else flags), "units": counts["units"] + flags.numel()}
 
 
-def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> list[Callable[[], bool]]:
+class Guards(NamedTuple):
+    """Conditions under which a plan stays valid: functions that tell whether something is as it was."""
+
+    groups: tuple[Callable[[], bool], ...] = ()
+    """Of values in param groups."""
+    others: tuple[Callable[[], bool], ...] = ()
+    """Of signals, and of variables that functions read."""
+
+    def __add__(self, more: Guards) -> Guards:  # type: ignore[override] # field by field
+        return Guards(self.groups + more.groups, self.others + more.others)
+
+    def hold(self, *, same_groups: bool) -> bool:
+        """Whether all is as it was; ``same_groups`` says that the groups are known to be."""
+        return all(holds() for holds in self.others) and (same_groups or all(holds() for holds in self.groups))
+
+
+def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> Guards:
     """Return the conditions under which traces stay valid, given pairs of an item and its trace."""
-    found: dict[Any, Callable[[], bool]] = {}
+    groups: dict[Any, Callable[[], bool]] = {}
+    others: dict[Any, Callable[[], bool]] = {}
     for item, each in traced:
         for reading in each.readings:
-            found[id(reading.read), id(reading.value)] = reading.holds
+            others[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
+                found = groups if key in item.group else others
                 found[id(item.group), key, id(value)] = partial(still_has, item.group, key, value, item.signals)
-    return list(found.values())
+    return Guards(tuple(groups.values()), tuple(others.values()))
 
 
 def still_has(group: Group, key: str, value: Any, signals: Mapping[str, Tensor] = MappingProxyType({})) -> bool:
