@@ -255,13 +255,13 @@ def as_numbers(tensor: Tensor) -> tuple[Any, dict[str, Any]]:
     """The numbers and the options of the call of ``torch.tensor`` that gives ``tensor``, in as few digits as do it."""
     value = tensor.detach().cpu()
     numbers = value.tolist()
-    options: dict[str, Any] = {} if torch.tensor(numbers).dtype == tensor.dtype else {"dtype": tensor.dtype}
+    options: dict[str, Any] = {} if torch.tensor(numbers, device="cpu").dtype == tensor.dtype else {"dtype": tensor.dtype}
     if tensor.device.type != "cpu":
         options["device"] = str(tensor.device)
     if value.is_floating_point():
         for digits in range(4, 10):
             short = _round(numbers, digits)
-            if torch.equal(torch.tensor(short, dtype=value.dtype), value):
+            if torch.equal(torch.tensor(short, dtype=value.dtype, device="cpu"), value):
                 return short, options
     return numbers, options
 

@@ -308,11 +308,11 @@ def _make_row(label: str, acts_on: str | None, tensors: Sequence[Tensor], parts:
 def _histogram(tensors: Sequence[Tensor], low: float, high: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if low >= high:  # one value, which gets a bar that can be seen; or none
         low, high = (low - (abs(low) or 1), low + (abs(low) or 1)) if low == high else (0, 1)
-    total = torch.zeros(BINS, dtype=torch.int64)
+    total = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for values in (piece for tensor in tensors for piece in _pieces(tensor)):
         places = (values.masked_select(values.isfinite()) - low) / (high - low) * BINS
         total += places.long().clamp(0, BINS - 1).bincount(minlength=BINS).cpu()
-    return tuple(total.tolist()), tuple(torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist())
+    return tuple(total.tolist()), tuple(torch.linspace(low, high, BINS + 1, dtype=torch.float64, device="cpu").tolist())
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ def make_signals(values: Mapping[str, Any], groups: Sequence[Group], reduce: str
             )
         if isinstance(value, bool) or not isinstance(value, Real | Tensor):
             raise TypeError(f"signal: {key} must be a number or a tensor, got {type(value).__name__}")
-        tensor = gather(value.detach()) if isinstance(value, Tensor) else torch.tensor(float(value))
+        tensor = gather(value.detach()) if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
         # A copy, since what made it may write to it before the step.
         found[key] = tensor.to(device, compute_dtype(tensor.dtype), copy=True)
     return found if reduce is None else _reduce(found, reduce)

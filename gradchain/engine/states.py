@@ -64,7 +64,7 @@ class ParamTable:
 
     def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
         self.groups = list(param_groups)
-        self._lists = [(group, list(group["params"])) for group in param_groups]
+        self._lists = [(group, _SameTensors(group["params"])) for group in param_groups]
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
         self.params = [param for param, _, _ in located]
         known = names.of(self.params)
@@ -76,9 +76,30 @@ class ParamTable:
     def is_of(self, param_groups: Sequence[Group]) -> bool:
         """Whether the table lists the parameters in ``param_groups``."""
         return len(param_groups) == len(self._lists) and all(
-            group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            group is known and params.are(group["params"])
             for group, (known, params) in zip(param_groups, self._lists, strict=True)
         )
+
+
+class _SameTensors:
+    """A list of tensors, to find out in little time whether another one is of the very same objects.
+
+    Lists compare an object with itself at once, and with another one by ``==``. Of two tensors, that is a tensor again,
+    which raises where a bool is asked for, unless it has one element. So only those are compared one by one in Python.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._has_single = any(tensor.numel() == 1 for tensor in tensors)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` are the same objects, in the same order."""
+        if self._has_single:
+            return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        try:
+            return tensors == self._tensors
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
 
 class TransformStates:

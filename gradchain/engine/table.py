@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FOREACH = frozenset(
     """
@@ -74,8 +76,17 @@ def power(a: Any, b: Any) -> Any:
 
 def scalar(number: Any, dtype: torch.dtype) -> Any:
     """``number`` as a tensor: given a number, ``torch._foreach_*`` makes a tensor of it for each tensor of a list."""
-    # To a compiler both are the same, but it would fix a number that changes.
-    return number if torch.compiler.is_compiling() else torch.tensor(number, dtype=dtype)
+    if torch.compiler.is_compiling():  # to a compiler both are the same, but it would fix a number that changes
+        return number
+    # To make a tensor takes as long as to multiply 50 small ones. 0.0 and -0.0 are one key, and modes such as that of
+    # fake tensors want tensors of their own.
+    makes_anew = number == 0 or torch._C._len_torch_dispatch_stack()
+    return (_scalar.__wrapped__ if makes_anew else _scalar)(number, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _scalar(number: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
 
 def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
@@ -83,4 +94,4 @@ def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
         return function(a, b)
     except (ArithmeticError, ValueError):  # a program must not raise when it has begun to write
         same = torch.pow if function is math.pow else torch.div
-        return float(same(torch.tensor(float(a), dtype=torch.float64), b))
+        return float(same(torch.tensor(float(a), dtype=torch.float64, device="cpu"), b))
