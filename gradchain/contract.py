@@ -255,7 +255,8 @@ def as_numbers(tensor: Tensor) -> tuple[Any, dict[str, Any]]:
     """The numbers and the options of the call of ``torch.tensor`` that gives ``tensor``, in as few digits as do it."""
     value = tensor.detach().cpu()
     numbers = value.tolist()
-    options: dict[str, Any] = {} if torch.tensor(numbers, device="cpu").dtype == tensor.dtype else {"dtype": tensor.dtype}
+    by_itself = torch.tensor(numbers, device="cpu").dtype
+    options: dict[str, Any] = {} if by_itself == tensor.dtype else {"dtype": tensor.dtype}
     if tensor.device.type != "cpu":
         options["device"] = str(tensor.device)
     if value.is_floating_point():

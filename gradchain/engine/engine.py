@@ -22,7 +22,6 @@ from gradchain.engine.by_name import add_names, arrange_by_name
 from gradchain.engine.combined import defaults_of_any, name_of
 from gradchain.engine.forms import like_without_memory
 from gradchain.engine.groups import (
-    Snapshot,
     check_group,
     check_support,
     complete_groups,
@@ -117,9 +116,9 @@ class Engine:
         self.numbered: Numbered = ({}, {}) if numbered is None else numbered
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: SlotPlans | None = None
-        self._last_groups: Snapshot | None = None
-        """What the groups held when a step last found nothing wrong with them."""
         self._param_table: ParamTable | None = None
+        self._has_same_groups = False
+        """Whether the groups are as they were when a step last found nothing wrong with them."""
         self._is_settled = True
         """Whether the states are known to fit the chains."""
         self.signals: dict[str, Tensor] = {}
@@ -134,7 +133,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes without the plans and the table of parameters, which a copy makes anew."""
-        return self.__dict__ | {"_plans": None, "_last_groups": None, "_param_table": None}
+        return self.__dict__ | {"_plans": None, "_param_table": None}
 
     @property
     def owner(self) -> Owner:
@@ -278,17 +277,20 @@ class Engine:
         """Give the groups the keys that they lack."""
         complete_groups(self.owner.param_groups, self.owner._own_defaults)
 
-    def check_groups(self) -> bool:
-        """Complete the groups and check their keys. Return True if the groups are just as they were in the last step.
+    def check_groups(self) -> ParamTable:
+        """Check the groups for a step, and return the table of parameters.
 
-        Then all that a step checks in the groups, and all that its plans depend on there, is known to hold.
+        If the groups are just as they were in the last step, then all that a step checks in them, and all that its
+        plans depend on there, holds as it did then.
         """
-        if self._last_groups is not None and self._last_groups.is_of(self.owner.param_groups):
-            return True
-        self._last_groups = None
+        known = self._param_table
+        if known is not None and known.is_of(self.owner.param_groups) and known.has_same_contents():
+            self._has_same_groups = True
+            return known
+        self._has_same_groups = False
         self.complete_groups()
         self.check_keys()
-        return False
+        return self.param_table
 
     def check_keys(self) -> None:
         """Raise or warn if a group has got a mistyped key. While no key is new, this only compares sets."""
@@ -352,7 +354,7 @@ class Engine:
 
     def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
         """Return the plans, which are made anew when anything that they depend on has changed."""
-        owner, known, same_groups = self.owner, self._plans, self.check_groups()
+        owner, known, same_groups = self.owner, self._plans, self._has_same_groups
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads, same_groups=same_groups):
             known = self._make_plans(chains, param_table, grads)
@@ -361,7 +363,7 @@ class Engine:
         if not same_groups:
             for plan in known.of.values():
                 plan.prepare()
-            self._last_groups = Snapshot(owner.param_groups)
+            param_table.note_contents()
         self._had_grads = known.have_grads
         return known
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
-from operator import is_
 from typing import Any, cast
 
 from torch import Tensor
@@ -92,25 +91,6 @@ def own_defaults(
         )
     joining = {**options, **hyperparameters(chains), **(given or {})}
     return {key: as_number(value) for key, value in joining.items()}
-
-
-class Snapshot:
-    """What param groups held at some time, to find out in little time whether anything in them has changed since.
-
-    The members of ``group["params"]`` are left out: ``ParamTable`` knows these.
-    """
-
-    def __init__(self, param_groups: Sequence[Group]) -> None:
-        self._known = [(group, list(group), list(group.values())) for group in param_groups]
-
-    def is_of(self, param_groups: Sequence[Group]) -> bool:
-        """Whether these are the same groups, with the very same objects under the same keys."""
-        if len(param_groups) != len(self._known):
-            return False
-        for group, (known, keys, values) in zip(param_groups, self._known, strict=True):
-            if group is not known or list(group) != keys or not all(map(is_, group.values(), values)):
-                return False
-        return True
 
 
 def complete_groups(param_groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:

@@ -60,11 +60,13 @@ class ParamEntry(NamedTuple):
 
 
 class ParamTable:
-    """The parameters of an optimizer, as long as they are the same."""
+    """The parameters of an optimizer, as long as they are the same, and what its groups held in the last step."""
 
     def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
         self.groups = list(param_groups)
-        self._lists = [(group, _SameTensors(group["params"])) for group in param_groups]
+        self._lists = [_SameTensors(group["params"]) for group in param_groups]
+        self._contents: list[tuple[list[str], list[Any]]] = []
+        """The keys and the values of each group, as last noted."""
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
         self.params = [param for param, _, _ in located]
         known = names.of(self.params)
@@ -75,10 +77,25 @@ class ParamTable:
 
     def is_of(self, param_groups: Sequence[Group]) -> bool:
         """Whether the table lists the parameters in ``param_groups``."""
-        return len(param_groups) == len(self._lists) and all(
-            group is known and params.are(group["params"])
-            for group, (known, params) in zip(param_groups, self._lists, strict=True)
-        )
+        if len(param_groups) != len(self.groups):
+            return False
+        for group, known, params in zip(param_groups, self.groups, self._lists, strict=True):
+            if group is not known or not params.are(group["params"]):
+                return False
+        return True
+
+    def note_contents(self) -> None:
+        """Remember what the groups hold."""
+        self._contents = [(list(group), list(group.values())) for group in self.groups]
+
+    def has_same_contents(self) -> bool:
+        """Whether the groups hold the very objects, under the very keys, that they held when it was noted."""
+        if not self._contents:
+            return False
+        for group, (keys, values) in zip(self.groups, self._contents, strict=True):
+            if list(group) != keys or not all(map(is_, group.values(), values)):
+                return False
+        return True
 
 
 class _SameTensors:

@@ -26,10 +26,8 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
-        if with_closure:  # else making the plans does so
-            engine.check_groups()
+        self.param_table = engine.check_groups()
         engine.synced_states()
-        self.param_table = engine.param_table
         self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
         self.inner_states: list[Any] | None = None
@@ -98,6 +96,7 @@ class Step:
             with torch.enable_grad():
                 loss = closure()
             self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
+            self.engine.check_groups()
             self.make_plans()
             try:
                 self.transform_grads()
