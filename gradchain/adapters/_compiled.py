@@ -58,6 +58,7 @@ def _begin(optimizer: ParamTransformingOptimizer, closure: Callable[[], Any] | N
             step.transform_grads()
         except SkippedStep as skipped:
             return None, step.skip(skipped)
+    step.number = 1  # a graph would keep the number as a constant, and be compiled anew in each step
     return step, [(_traceable_step(part), part) for part in parts(optimizer.inner_opt)]
 
 

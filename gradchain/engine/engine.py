@@ -284,7 +284,7 @@ class Engine:
         plans depend on there, holds as it did then.
         """
         known = self._param_table
-        if known is not None and known.is_of(self.owner.param_groups) and known.has_same_contents():
+        if known is not None and known.is_of(self._owner().inner_opt.param_groups) and known.has_same_contents():
             self._has_same_groups = True
             return known
         self._has_same_groups = False
@@ -354,7 +354,7 @@ class Engine:
 
     def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
         """Return the plans, which are made anew when anything that they depend on has changed."""
-        owner, known, same_groups = self.owner, self._plans, self._has_same_groups
+        owner, known, same_groups = self._owner(), self._plans, self._has_same_groups
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads, same_groups=same_groups):
             known = self._make_plans(chains, param_table, grads)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradchain._sharding import local_part
-from gradchain.contract import ACTED, Group, State, compute_dtype, is_same, show
+from gradchain.contract import ACTED, GIVEN, Group, State, compute_dtype, is_same, show
 from gradchain.engine.dependencies import Reading, readings
 from gradchain.engine.trace import META, TENSOR, NotTraceable, Recorder, Trace
 from gradchain.stage import Combinator, Function, Part, Stage
@@ -343,7 +343,8 @@ class Guards(NamedTuple):
 
     def hold(self, *, same_groups: bool) -> bool:
         """Whether all is as it was; ``same_groups`` says that the groups are known to be."""
-        return all(holds() for holds in self.others) and (same_groups or all(holds() for holds in self.groups))
+        asked = self.others if same_groups else self.others + self.groups
+        return not asked or all(holds() for holds in asked)
 
 
 def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> Guards:
@@ -355,7 +356,8 @@ def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> Guards:
             others[id(reading.read), id(reading.value)] = reading.holds
         for key, value in each.keys.items():
             if key not in item.own_keys:
-                found = groups if key in item.group else others
+                can_be_signal = key not in item.group and key not in GIVEN
+                found = others if can_be_signal else groups
                 found[id(item.group), key, id(value)] = partial(still_has, item.group, key, value, item.signals)
     return Guards(tuple(groups.values()), tuple(others.values()))
 
