@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradchain._norms import norm, norms
 
 FOREACH = frozenset(
     """
@@ -54,6 +56,9 @@ NUMBERS = {
 TAKES_SCALARS = frozenset({"add", "mul", "div"})
 """Operations that ``torch._foreach_*`` has with one tensor without dimensions for the whole list, too."""
 
+NUMBERS_ARE_SLOW = frozenset({"add", "sub", "mul", "div"})
+"""Operations for which torch makes a tensor of a number each time, which takes longer than a small operation."""
+
 TAKES_NUMBERS = frozenset({"where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_or", "bitwise_and"})
 """Functions of torch that take a number in place of a tensor, unlike the operation of the same name."""
 
@@ -74,14 +79,19 @@ def power(a: Any, b: Any) -> Any:
     return _as_torch_does(math.pow, a, b)
 
 
-def scalar(number: Any, dtype: torch.dtype) -> Any:
-    """``number`` as a tensor: given a number, ``torch._foreach_*`` makes a tensor of it for each tensor of a list."""
+def scalar(number: Any, like: Tensor) -> Any:
+    """``number`` as a tensor of the dtype of ``like``. An operation that is given a number makes it each time."""
     if torch.compiler.is_compiling():  # to a compiler both are the same, but it would fix a number that changes
         return number
-    # To make a tensor takes as long as to multiply 50 small ones. 0.0 and -0.0 are one key, and modes such as that of
-    # fake tensors want tensors of their own.
+    # The numbers 0.0 and -0.0 are one key of a cache, and modes such as that of fake tensors need tensors of their own.
     makes_anew = number == 0 or torch._C._len_torch_dispatch_stack()
-    return (_scalar.__wrapped__ if makes_anew else _scalar)(number, dtype)
+    return (_scalar.__wrapped__ if makes_anew else _scalar)(number, like.dtype)
+
+
+def scalars(number: Any, tensors: Sequence[Tensor]) -> Any:
+    """``number`` as a tensor for each of ``tensors``, since ``torch._foreach_add`` makes a number of a single one."""
+    value = scalar(number, tensors[0])
+    return [value] * len(tensors) if isinstance(value, Tensor) else value
 
 
 @functools.lru_cache(maxsize=256)
@@ -95,3 +105,15 @@ def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     except (ArithmeticError, ValueError):  # a program must not raise when it has begun to write
         same = torch.pow if function is math.pow else torch.div
         return float(same(torch.tensor(float(a), dtype=torch.float64, device="cpu"), b))
+
+
+FUNCTIONS = {
+    "divide": divide,
+    "norm": norm,
+    "norms": norms,
+    "power": power,
+    "scalar": scalar,
+    "scalars": scalars,
+    "vector_norm": torch.linalg.vector_norm,
+}
+"""What the generated code calls, besides torch, by the names that it has there."""

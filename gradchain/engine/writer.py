@@ -10,19 +10,18 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gradchain._norms import is_long, norm, norms
+from gradchain._norms import is_long
 from gradchain.engine.table import (
     COMMUTATIVE,
     FOREACH,
+    FUNCTIONS,
     NUMBERS,
+    NUMBERS_ARE_SLOW,
     RENAMED,
     TAKES_NUMBERS,
     TAKES_SCALARS,
     VIEWS,
     WORTH_A_RECIPROCAL,
-    divide,
-    power,
-    scalar,
 )
 from gradchain.engine.trace import DEVICE, TENSOR, Call, Ref, Trace
 from gradchain.engine.values import Kind, Values
@@ -59,9 +58,8 @@ class Writer(Values):
 
     def __init__(self, traces: Sequence[Trace], device: torch.device, *, single: bool) -> None:
         self.functions = SimpleNamespace()
-        constants = {"device": device, "inf": math.inf, "nan": math.nan, "norm": norm, "norms": norms}
-        constants |= {"divide": divide, "power": power, "scalar": scalar, "vector_norm": torch.linalg.vector_norm}
-        self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants}
+        constants = {"device": device, "inf": math.inf, "nan": math.nan}
+        self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants, **FUNCTIONS}
         super().__init__(traces[0], {*self.globals, "complex", "len", "max", "min", "zip"}, single=single)
         self.traces = traces
         self.lines: list[str] = []
@@ -185,6 +183,7 @@ class Writer(Values):
         result, texts = call.results[0], [text for text, _ in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
             name = self._use_reciprocal(call, name, texts, arguments[1][1])
+        self._use_scalar(call, name, arguments, texts, "scalar({}, {})")
         position = self._target(index, call, arguments) if kind is Kind.EACH and not options else None
         has_method = name in FOREACH or name == "clamp"
         if name == "clamp" and len({bound is Kind.NUMBER for text, bound in arguments[1:] if text != "None"}) == 2:
@@ -228,12 +227,10 @@ class Writer(Values):
         texts = [f"{text}.unbind()" if kind is Kind.STACK else text for text, kind in arguments]
         if len(arguments) == 2 and arguments[0][1] is Kind.EACH:
             stacked = [arguments[0][0], arguments[1][0]]
-            changed = self._use_reciprocal(call, name, stacked, arguments[1][1])
-            if changed != name:
+            if (changed := self._use_reciprocal(call, name, stacked, arguments[1][1])) != name:
                 name = changed
                 texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
-            if name in TAKES_SCALARS and arguments[1][1] is Kind.NUMBER and self._is_fast_with_scalars(call):
-                texts[1] = f"scalar({texts[1]}, {self.trace.forms[result][1]})"
+            self._use_scalar(call, name, arguments, texts, "scalars({}, {})")
         first_is_list = arguments[0][1] is Kind.EACH
         extra = [f"{key}={text}" for key, (text, _) in options.items()] if set(options) <= {"alpha", "value"} else None
         if name in FOREACH and extra is not None and self._fits_list(call, name, arguments):
@@ -267,10 +264,13 @@ class Writer(Values):
         else:
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
-    def _is_fast_with_scalars(self, call: Call) -> bool:
-        """Whether a scalar tensor of the dtype of a list gives the same result as a number, and faster."""
+    def _use_scalar(self, call: Call, name: str, arguments: list[Argument], texts: list[str], form: str) -> None:
+        """Make a number that is the second argument a tensor, where that takes less time and gives the same result."""
+        if name not in NUMBERS_ARE_SLOW or call.kwargs or arguments[1][1] is not Kind.NUMBER:
+            return
         dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
-        return self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
+        if self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64}):
+            texts[1] = form.format(texts[1], texts[0])
 
     def _fits_list(self, call: Call, name: str, arguments: list[Argument]) -> bool:
         """Whether a function for lists takes what all tensors share: numbers, or tensors without dimensions."""
