@@ -194,12 +194,14 @@ def _without_waste(trace: Trace) -> Trace:
     known: dict[Any, Call] = {}
     calls: list[Call] = []
     used = {number for call in trace.calls for number in call.references()}
+    plain = {Ref(c.results[0]): c.args[0] for c in trace.calls if c.name == "_to_copy"}
+    """Numbers that ``torch.func.vmap`` has made tensors of."""
     for call in trace.calls:
         call = _with_same(call, same)
         key = call.target, str((call.args, call.kwargs))
         source = call.args[0].number if call.args and isinstance(call.args[0], Ref) else None
         keeps_form = source is not None and trace.forms[source] == trace.forms[call.results[0]]
-        is_by_one = call.name in ("mul", "div") and len(call.args) == 2 and call.args[1] == 1
+        is_by_one = call.name in ("mul", "div") and len(call.args) == 2 and plain.get(call.args[1], call.args[1]) == 1
         is_copy = call.name == "clone" and (keeps_form or call.results[0] not in used)
         if source is not None and (
             is_copy or (keeps_form and (is_by_one or call.name in ("view", "_to_copy", "expand")))
