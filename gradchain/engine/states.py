@@ -105,11 +105,11 @@ class _SameTensors:
     which raises where a bool is asked for, unless it has one element. So only those are compared one by one in Python.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._has_single = any(tensor.numel() == 1 for tensor in tensors)
+        self._has_single = not all(isinstance(tensor, Tensor) and tensor.numel() > 1 for tensor in self._tensors)
 
-    def are(self, tensors: Sequence[Tensor]) -> bool:
+    def are(self, tensors: list[Tensor]) -> bool:
         """Whether ``tensors`` are the same objects, in the same order."""
         if self._has_single:
             return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
@@ -129,8 +129,8 @@ class TransformStates:
         self._shown: dict[Tensor, None] = {}
         self._fitted: dict[Tensor, dict[str, Any]] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
-        self._seen: tuple[list[Tensor], list[State], list[State | None]] = [], [], []
-        """The inner optimizer's parameters and states, and the states of transforms in these, as last shown to it."""
+        self._seen: tuple[_SameTensors, list[State | None]] = _SameTensors(()), []
+        """The parameters that the inner optimizer has a state of, and the states of transforms in it, as last shown."""
 
     def copy(self) -> TransformStates:
         """Return the same states in other tensors, to go on with apart from the optimizer."""
@@ -190,19 +190,17 @@ class TransformStates:
                 inner_opt.state[param][KEY] = self.by_param[param]
                 self._shown[param] = None
         if params is None and all(isinstance(state, dict) for state in inner_opt.state.values()):
-            states = list(inner_opt.state.values())
-            self._seen = list(inner_opt.state), states, [state.get(KEY) for state in states]
+            self._seen = _SameTensors(inner_opt.state), [state.get(KEY) for state in inner_opt.state.values()]
 
     def _is_as_seen(self, inner_opt: Optimizer) -> bool:
         """Whether the inner optimizer still has all states as shown, without the time of a look-up for each."""
-        params, states, own = self._seen
-        return (
-            len(params) == len(inner_opt.state)
-            and len(self._shown) == len(self.by_param)
-            and all(map(is_, inner_opt.state, params))
-            and all(map(is_, inner_opt.state.values(), states))
-            and all(map(is_, map(dict.get, states, repeat(KEY)), own))
-        )
+        params, own = self._seen
+        if len(self._shown) != len(self.by_param) or not params.are(list(inner_opt.state)):
+            return False
+        try:
+            return all(map(is_, map(dict.get, inner_opt.state.values(), repeat(KEY)), own))
+        except TypeError:  # a state that is no dict
+            return False
 
     @property
     def are_shown(self) -> bool:
