@@ -107,13 +107,6 @@ def _as_torch_does(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
         return float(same(torch.tensor(float(a), dtype=torch.float64, device="cpu"), b))
 
 
-FUNCTIONS = {
-    "divide": divide,
-    "norm": norm,
-    "norms": norms,
-    "power": power,
-    "scalar": scalar,
-    "scalars": scalars,
-    "vector_norm": torch.linalg.vector_norm,
-}
-"""What the generated code calls, besides torch, by the names that it has there."""
+NAMES: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, "divide": divide, "power": power}
+NAMES |= {"scalar": scalar, "scalars": scalars, "norm": norm, "norms": norms, "vector_norm": torch.linalg.vector_norm}
+"""What the generated code can refer to."""

@@ -14,7 +14,7 @@ from gradchain._norms import is_long
 from gradchain.engine.table import (
     COMMUTATIVE,
     FOREACH,
-    FUNCTIONS,
+    NAMES,
     NUMBERS,
     NUMBERS_ARE_SLOW,
     RENAMED,
@@ -58,8 +58,7 @@ class Writer(Values):
 
     def __init__(self, traces: Sequence[Trace], device: torch.device, *, single: bool) -> None:
         self.functions = SimpleNamespace()
-        constants = {"device": device, "inf": math.inf, "nan": math.nan}
-        self.globals: dict[str, Any] = {"torch": torch, "aten": self.functions, **constants, **FUNCTIONS}
+        self.globals: dict[str, Any] = {**NAMES, "aten": self.functions, "device": device}
         super().__init__(traces[0], {*self.globals, "complex", "len", "max", "min", "zip"}, single=single)
         self.traces = traces
         self.lines: list[str] = []
@@ -230,7 +229,7 @@ class Writer(Values):
             if (changed := self._use_reciprocal(call, name, stacked, arguments[1][1])) != name:
                 name = changed
                 texts[1] = f"{stacked[1]}.unbind()" if arguments[1][1] is Kind.STACK else stacked[1]
-            self._use_scalar(call, name, arguments, texts, "scalars({}, {})")
+        self._use_scalar(call, name, arguments, texts, "scalars({}, {})")
         first_is_list = arguments[0][1] is Kind.EACH
         extra = [f"{key}={text}" for key, (text, _) in options.items()] if set(options) <= {"alpha", "value"} else None
         if name in FOREACH and extra is not None and self._fits_list(call, name, arguments):
@@ -265,12 +264,14 @@ class Writer(Values):
             self._write_generic(index, call, name, arguments, options, Kind.EACH)
 
     def _use_scalar(self, call: Call, name: str, arguments: list[Argument], texts: list[str], form: str) -> None:
-        """Make a number that is the second argument a tensor, where that takes less time and gives the same result."""
-        if name not in NUMBERS_ARE_SLOW or call.kwargs or arguments[1][1] is not Kind.NUMBER:
+        """Make the argument that is a number a tensor, where that takes less time and gives the same result."""
+        places = [place for place, (_, kind) in enumerate(arguments) if kind is Kind.NUMBER]
+        if name not in NUMBERS_ARE_SLOW or call.kwargs or places not in ([[0], [1]] if name in COMMUTATIVE else [[1]]):
             return
-        dtypes = {self.trace.forms[number][1] for number in (call.args[0].number, *call.results)}
+        place, other = places[0], 1 - places[0]
+        dtypes = {self.trace.forms[number][1] for number in (call.args[other].number, *call.results)}
         if self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64}):
-            texts[1] = form.format(texts[1], texts[0])
+            texts[place] = form.format(texts[place], texts[other])
 
     def _fits_list(self, call: Call, name: str, arguments: list[Argument]) -> bool:
         """Whether a function for lists takes what all tensors share: numbers, or tensors without dimensions."""
@@ -297,8 +298,7 @@ class Writer(Values):
         self, index: int, call: Call, name: str, arguments: list[Argument], options: dict[str, Any], kind: Kind
     ) -> None:
         """Write any call, as a loop over its lists if it has some."""
-        given: list[str] = []
-        loop: list[tuple[str, str]] = []
+        given, loop = list[str](), list[tuple[str, str]]()
         schema = call.target._schema.arguments
         named = {argument.name: argument for argument in schema}
         function = self._function(index, call, name, options)

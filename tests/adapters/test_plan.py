@@ -200,6 +200,42 @@ def test_a_plan_is_kept() -> None:
     assert len(plans) == 1
 
 
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_parameter_that_takes_the_place_of_an_equal_one(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    old, new = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+    optim = make([old], pre=scale(0.5), lr=1.0)
+    set_grad(old, 1.0)
+    optim.step()
+    old.data.fill_(1.0)
+    optim.param_groups[0]["params"][0] = new
+    set_grad(new, 1.0)
+    optim.step()
+    assert_close(old.detach(), torch.ones(shape))
+    assert_close(new.detach(), torch.full(shape, 0.5))
+
+
+@pytest.mark.parametrize("make", [wrapped, attached])
+def test_a_closure_that_changes_the_groups(make: Callable[..., Any]) -> None:
+    param = nn.Parameter(torch.zeros(3))
+    optim = make([param], pre=scale(0.5), lr=1.0)
+
+    def closure() -> Tensor:
+        optim.param_groups[0]["scale.factor"] *= 2
+        set_grad(param, 1.0)
+        return param.sum()
+
+    expected = torch.zeros(3)
+    for factor in (1.0, 2.0):
+        optim.step(closure)
+        expected -= factor
+        assert_close(param.detach(), expected)
+    optim.param_groups[0]["scale.factor"] = "1.0"
+    with pytest.raises(TypeError, match=r"scale\.factor"):
+        optim.step(lambda: set_grad(param, 1.0))
+    assert_close(param.detach(), expected)
+
+
 # Gradients that transforms have nothing to do with
 
 
