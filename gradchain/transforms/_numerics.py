@@ -40,6 +40,5 @@ def shrinkage(length: Tensor, limit: float | Tensor) -> Tensor:
         return torch.zeros_like(length)  # which has a derivative
     is_finite = limit < math.inf
     power = -is_finite.to(length.dtype) if isinstance(is_finite, Tensor) else -1.0 if is_finite else 0.0
-    tiny = torch.finfo(length.dtype).tiny
-    least = limit.clamp_min(tiny) if isinstance(limit, Tensor) else max(limit, tiny)  # or zero over zero would be NaN
-    return (length.clamp_min(least) / limit) ** power  # and any number to the power of 0 is 1, NaN too
+    excess = length.clamp_min(torch.finfo(length.dtype).tiny) / limit  # of zero over zero too
+    return excess.clamp_min(1) ** power  # and any number to the power of 0 is 1, NaN too
