@@ -19,12 +19,13 @@ from gradchain.adapters._saving import Saving
 from gradchain.chain import Chain, chain
 from gradchain.contract import Group, is_same
 from gradchain.engine.combined import CombinedOptimizer, defaults_of_any, name_of
-from gradchain.engine.engine import Engine, Weak
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import ATTACHED, hyperparameters
 from gradchain.engine.operations import SkippedStep
 from gradchain.engine.reach import check_setup
 from gradchain.engine.states import KEY, SLOTS, ParamEntry, TransformStates
 from gradchain.engine.step import Step, is_dry_run, rescales
+from gradchain.engine.weak import Weak
 from gradchain.stage import below, beneath
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradchain.engine.engine import Weak
 from gradchain.engine.states import TransformStates
+from gradchain.engine.weak import Weak
 
 if TYPE_CHECKING:
     from gradchain.adapters._hooks import Hooks

@@ -33,6 +33,7 @@ def explain_step(engine: Engine) -> Explanation:
         try:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = None if grad is None else grad.detach().clone()
+            engine.complete_groups()
             if not is_dry_run(owner.param_groups):
                 plans = Step(engine.trial()).plans or {}
                 program = "\n".join(plan.listing() for plan in plans.values())

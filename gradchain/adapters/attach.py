@@ -15,9 +15,10 @@ from gradchain.adapters.optimizer import ParamTransformingOptimizer
 from gradchain.chain import Chain
 from gradchain.contract import Transform
 from gradchain.engine.combined import name_of, require_disjoint
-from gradchain.engine.engine import Engine, Weak
+from gradchain.engine.engine import Engine
 from gradchain.engine.groups import ATTACHED, DEFAULTS, make_chains, number_chains, own_defaults, prefixes
 from gradchain.engine.states import SLOTS
+from gradchain.engine.weak import Weak
 
 
 def attach(

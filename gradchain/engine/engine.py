@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from operator import eq
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,9 +35,7 @@ from gradchain.engine.operations import SlotTensor
 from gradchain.engine.plan import Plan, SlotPlans
 from gradchain.engine.reach import check_reach
 from gradchain.engine.states import SLOTS, ByParam, ParamEntry, ParamTable, TransformStates
-
-T = TypeVar("T")
-
+from gradchain.engine.weak import Weak
 
 Numbered: TypeAlias = tuple[dict[str, Chain], dict[str, Chain]]
 """The chain of each slot as it was given, and as it is once its transforms have keys of their own."""
@@ -70,32 +67,6 @@ class Owner(Protocol):
         ...
 
 
-class Weak(Generic[T]):
-    """A reference that does not keep its object alive. A deep copy of it refers to the copy of the object.
-
-    An optimizer and what belongs to it refer to each other. If both references were strong, ``del optimizer`` would
-    leave the memory of all states to the garbage collector, which comes late.
-    """
-
-    def __init__(self, value: T) -> None:
-        self._reference = weakref.ref(value)
-
-    def __call__(self) -> T:
-        """Return the object itself."""
-        value = self._reference()
-        if value is None:
-            raise ReferenceError("the optimizer no longer exists; keep a reference to it as long as it is needed")
-        return value
-
-    @property
-    def exists(self) -> bool:
-        """Whether the object is still there."""
-        return self._reference() is not None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Weak, (self(),)
-
-
 class Engine:
     """The chains of an owner, their states, and plans, which are kept as long as what they depend on stays the same."""
 
@@ -117,8 +88,6 @@ class Engine:
         self._stages: dict[str, Chain] = {slot: broadcast(each) for slot, each in self.numbered[1].items()}
         self._plans: SlotPlans | None = None
         self._param_table: ParamTable | None = None
-        self._has_same_groups = False
-        """Whether the groups are as they were when a step last found nothing wrong with them."""
         self._is_settled = True
         """Whether the states are known to fit the chains."""
         self.signals: dict[str, Tensor] = {}
@@ -277,20 +246,18 @@ class Engine:
         """Give the groups the keys that they lack."""
         complete_groups(self.owner.param_groups, self.owner._own_defaults)
 
-    def check_groups(self) -> ParamTable:
-        """Check the groups for a step, and return the table of parameters.
+    def check_groups(self) -> bool:
+        """Complete the groups and check their keys, and return False; or return True if nothing in them has changed.
 
-        If the groups are just as they were in the last step, then all that a step checks in them, and all that its
-        plans depend on there, holds as it did then.
+        If they hold the very objects that they held in the last step, the checks are skipped, and plans need not look
+        at the groups either.
         """
         known = self._param_table
         if known is not None and known.is_of(self._owner().inner_opt.param_groups) and known.has_same_contents():
-            self._has_same_groups = True
-            return known
-        self._has_same_groups = False
+            return True
         self.complete_groups()
         self.check_keys()
-        return self.param_table
+        return False
 
     def check_keys(self) -> None:
         """Raise or warn if a group has got a mistyped key. While no key is new, this only compares sets."""
@@ -348,21 +315,28 @@ class Engine:
     @torch.no_grad()
     def start(self) -> None:
         """Make the first states of all parameters."""
+        self.complete_groups()
         for slot in SLOTS:
             self.states.start(slot, self.stage(slot), self.param_table.entries)
         self.states.share_with(self.owner.inner_opt)
 
-    def plans(self, param_table: ParamTable, grads: list[Any]) -> SlotPlans:
-        """Return the plans, which are made anew when anything that they depend on has changed."""
-        owner, known, same_groups = self._owner(), self._plans, self._has_same_groups
+    def plans(self, param_table: ParamTable, grads: list[Any], *, same_groups: bool) -> SlotPlans:
+        """Return the plans, which are made anew when anything that they depend on has changed.
+
+        Args:
+            param_table: The parameters.
+            grads: Their gradients.
+            same_groups: Whether nothing in the groups has changed; see ``check_groups``.
+        """
+        owner, known = self._owner(), self._plans
         chains = owner.pre, owner.update, owner.post
         if known is None or not known.are_for(chains, param_table, grads, same_groups=same_groups):
-            known = self._make_plans(chains, param_table, grads)
-            self._plans = known if known.can_be_kept else None
-            same_groups = False
+            known, same_groups = self._make_plans(chains, param_table, grads), False
         if not same_groups:
             for plan in known.of.values():
                 plan.prepare()
+            # Not before all checks have passed: else the plans would be taken for those of the last contents.
+            self._plans = known if known.can_be_kept else None
             param_table.note_contents()
         self._had_grads = known.have_grads
         return known

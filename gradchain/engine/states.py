@@ -64,7 +64,7 @@ class ParamTable:
 
     def __init__(self, param_groups: Sequence[Group], names: Names) -> None:
         self.groups = list(param_groups)
-        self._lists = [_SameTensors(group["params"]) for group in param_groups]
+        self._lists = [list(group["params"]) for group in param_groups]
         self._contents: list[tuple[list[str], list[Any]]] = []
         """The keys and the values of each group, as last noted."""
         located = [(p, group, (g, i)) for g, group in enumerate(param_groups) for i, p in enumerate(group["params"])]
@@ -80,7 +80,8 @@ class ParamTable:
         if len(param_groups) != len(self.groups):
             return False
         for group, known, params in zip(param_groups, self.groups, self._lists, strict=True):
-            if group is not known or not params.are(group["params"]):
+            now = group["params"]
+            if group is not known or len(now) != len(params) or not all(map(is_, now, params)):
                 return False
         return True
 
@@ -89,34 +90,13 @@ class ParamTable:
         self._contents = [(list(group), list(group.values())) for group in self.groups]
 
     def has_same_contents(self) -> bool:
-        """Whether the groups hold the very objects, under the very keys, that they held when it was noted."""
+        """Whether the groups hold the very objects, under the very keys, as at the last ``note_contents``."""
         if not self._contents:
             return False
         for group, (keys, values) in zip(self.groups, self._contents, strict=True):
             if list(group) != keys or not all(map(is_, group.values(), values)):
                 return False
         return True
-
-
-class _SameTensors:
-    """A list of tensors, to find out in little time whether another one is of the very same objects.
-
-    Lists compare an object with itself at once, and with another one by ``==``. Of two tensors, that is a tensor again,
-    which raises where a bool is asked for, unless it has one element. So only those are compared one by one in Python.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._has_single = not all(isinstance(tensor, Tensor) and tensor.numel() > 1 for tensor in self._tensors)
-
-    def are(self, tensors: list[Tensor]) -> bool:
-        """Whether ``tensors`` are the same objects, in the same order."""
-        if self._has_single:
-            return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        try:
-            return tensors == self._tensors
-        except (RuntimeError, TypeError, ValueError):
-            return False
 
 
 class TransformStates:
@@ -129,7 +109,7 @@ class TransformStates:
         self._shown: dict[Tensor, None] = {}
         self._fitted: dict[Tensor, dict[str, Any]] = {}
         """What a parameter was like when its state of a slot was made, or found to fit."""
-        self._seen: tuple[_SameTensors, list[State | None]] = _SameTensors(()), []
+        self._seen: tuple[list[Tensor], list[State | None]] = [], []
         """The parameters that the inner optimizer has a state of, and the states of transforms in it, as last shown."""
 
     def copy(self) -> TransformStates:
@@ -190,15 +170,16 @@ class TransformStates:
                 inner_opt.state[param][KEY] = self.by_param[param]
                 self._shown[param] = None
         if params is None and all(isinstance(state, dict) for state in inner_opt.state.values()):
-            self._seen = _SameTensors(inner_opt.state), [state.get(KEY) for state in inner_opt.state.values()]
+            self._seen = list(inner_opt.state), [state.get(KEY) for state in inner_opt.state.values()]
 
     def _is_as_seen(self, inner_opt: Optimizer) -> bool:
         """Whether the inner optimizer still has all states as shown, without the time of a look-up for each."""
         params, own = self._seen
-        if len(self._shown) != len(self.by_param) or not params.are(list(inner_opt.state)):
+        known = inner_opt.state
+        if len(self._shown) != len(self.by_param) or len(known) != len(params) or not all(map(is_, known, params)):
             return False
         try:
-            return all(map(is_, map(dict.get, inner_opt.state.values(), repeat(KEY)), own))
+            return all(map(is_, map(dict.get, known.values(), repeat(KEY)), own))
         except TypeError:  # a state that is no dict
             return False
 

@@ -26,8 +26,9 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
-        self.param_table = engine.check_groups()
+        self.same_groups = engine.check_groups()
         engine.synced_states()
+        self.param_table = engine.param_table
         self.number = engine.steps + 1
         self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
@@ -51,7 +52,7 @@ class Step:
     def make_plans(self) -> SlotPlans:
         """Return the plans of the step. All errors of a plan with ``cannot_raise`` are raised here, and not later."""
         self.grads = [param.grad for param in self.param_table.params]
-        plans = self.engine.plans(self.param_table, self.grads)
+        plans = self.engine.plans(self.param_table, self.grads, same_groups=self.same_groups)
         self.plans = plans.of
         if plans.has_unusual_grads:
             self._make_grads_writable()
@@ -81,7 +82,7 @@ class Step:
                 if plan is not None:
                     self._run(plan, self.grads, {"param": self.param_table.params})
                 if hooked:
-                    self._run_hook("pre")
+                    self._run_hooks("pre")
             except BaseException:
                 for grad, value in saved:
                     grad.copy_(value)
@@ -98,7 +99,7 @@ class Step:
             with torch.enable_grad():
                 loss = closure()
             self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
-            self.engine.check_groups()
+            self.same_groups = self.engine.check_groups()
             self.make_plans()
             try:
                 self.transform_grads()
@@ -119,6 +120,7 @@ class Step:
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
         if self.plans is None:  # the closure was not called
+            self.same_groups = self.engine.check_groups()
             self.make_plans()
         self.transform_update()
         self.transform_params()
@@ -149,7 +151,7 @@ class Step:
             if plan is not None:
                 self._run(plan, self.param_table.params, {"grad": self.grads})
             if hooked:
-                self._run_hook("post")
+                self._run_hooks("post")
 
     def install_states(self) -> None:
         """Put the new states in place of the old ones."""
@@ -185,7 +187,7 @@ class Step:
     def _run(self, plan: Plan, tensors: list[Any], context: dict[str, list[Any]]) -> None:
         self.passes.append(plan.run(tensors, context, keeps_states=not self.cannot_raise, step=self.number))
 
-    def _run_hook(self, slot: str) -> None:
+    def _run_hooks(self, slot: str) -> None:
         for entry in self.param_table.entries:
             if slot == "post" or entry.param.grad is not None:
                 try:
@@ -201,7 +203,7 @@ class Step:
 
 
 class _NoGrad:
-    """``torch.no_grad()`` in a third of its time, which is that of several small operations."""
+    """Like ``torch.no_grad()``, in a third of its time, which would be that of several small operations."""
 
     def __enter__(self) -> None:
         self._was_enabled = torch.is_grad_enabled()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gradchain._norms import norm, norms
 
@@ -80,16 +81,16 @@ def power(a: Any, b: Any) -> Any:
 
 
 def scalar(number: Any, like: Tensor) -> Any:
-    """``number`` as a tensor of the dtype of ``like``. An operation that is given a number makes it each time."""
-    if torch.compiler.is_compiling():  # to a compiler both are the same, but it would fix a number that changes
+    """``number`` as a tensor of the dtype of ``like``. Given a number, torch would make such a tensor in every call."""
+    # To a compiler both are the same, but it would fix a number that changes. Fake tensors take no real ones.
+    if type(like) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return number
-    # The numbers 0.0 and -0.0 are one key of a cache, and modes such as that of fake tensors need tensors of their own.
-    makes_anew = number == 0 or torch._C._len_torch_dispatch_stack()
-    return (_scalar.__wrapped__ if makes_anew else _scalar)(number, like.dtype)
+    # A cache cannot tell 0.0 from -0.0.
+    return _scalar(number, like.dtype) if number else _scalar.__wrapped__(number, like.dtype)
 
 
 def scalars(number: Any, tensors: Sequence[Tensor]) -> Any:
-    """``number`` as a tensor for each of ``tensors``, since ``torch._foreach_add`` makes a number of a single one."""
+    """``number`` as a tensor for each of ``tensors``, in a list. Of a single one, torch would make a number again."""
     value = scalar(number, tensors[0])
     return [value] * len(tensors) if isinstance(value, Tensor) else value
 

@@ -30,12 +30,10 @@ Argument: TypeAlias = tuple[str, Kind]
 """The expression of an argument, and what it stands for."""
 
 
-def _positional(index: int, position: int, trace: Trace) -> Any:
-    return trace.calls[index].args[position]
-
-
-def _by_keyword(index: int, key: str, trace: Trace) -> Any:
-    return trace.calls[index].kwargs[key]
+def _argument_of(index: int, place: int | str, trace: Trace) -> Any:
+    """Return an argument of a call, by its position or by its keyword."""
+    call = trace.calls[index]
+    return call.args[place] if isinstance(place, int) else call.kwargs[place]
 
 
 def _is_long_norm(trace: Trace, index: int) -> bool:
@@ -137,8 +135,8 @@ class Writer(Values):
     def _write_call(self, index: int, call: Call) -> None:
         result = call.results[0]
         name = RENAMED.get(call.name, call.name)
-        arguments = [self._argument(partial(_positional, index, i)) for i in range(len(call.args))]
-        options = {key: self._argument(partial(_by_keyword, index, key)) for key in call.kwargs}
+        arguments = [self._argument(partial(_argument_of, index, i)) for i in range(len(call.args))]
+        options = {key: self._argument(partial(_argument_of, index, key)) for key in call.kwargs}
         kind = max([k for _, k in (*arguments, *options.values())], default=Kind.NUMBER)
         self.memory[result] = result
         if call.name in VIEWS and kind >= Kind.SHARED:
@@ -268,10 +266,12 @@ class Writer(Values):
         places = [place for place, (_, kind) in enumerate(arguments) if kind is Kind.NUMBER]
         if name not in NUMBERS_ARE_SLOW or call.kwargs or places not in ([[0], [1]] if name in COMMUTATIVE else [[1]]):
             return
-        place, other = places[0], 1 - places[0]
-        dtypes = {self.trace.forms[number][1] for number in (call.args[other].number, *call.results)}
+        place, leaf = places[0], call.args[1 - places[0]]
+        if not isinstance(leaf, Ref):  # a number that differs from tensor to tensor
+            return
+        dtypes = {self.trace.forms[number][1] for number in (leaf.number, *call.results)}
         if self.globals["device"].type == "cpu" and dtypes in ({torch.float32}, {torch.float64}):
-            texts[place] = form.format(texts[place], texts[other])
+            texts[place] = form.format(texts[place], texts[1 - place])
 
     def _fits_list(self, call: Call, name: str, arguments: list[Argument]) -> bool:
         """Whether a function for lists takes what all tensors share: numbers, or tensors without dimensions."""

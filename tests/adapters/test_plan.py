@@ -18,6 +18,7 @@ from gradchain import (
     clamp,
     clip_by_global_norm,
     clip_by_norm,
+    ema,
     freeze,
     masked,
     normalize,
@@ -234,6 +235,49 @@ def test_a_closure_that_changes_the_groups(make: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"scale\.factor"):
         optim.step(lambda: set_grad(param, 1.0))
     assert_close(param.detach(), expected)
+
+
+def test_a_closure_that_is_not_called() -> None:
+    class Stubborn(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if closure is not None:
+                self.param_groups[0]["level"] = 3
+
+    param = nn.Parameter(torch.zeros(3))
+    post = chain(lambda tensor, group: 0 * tensor + group["level"])
+    optim = wrapped([param], InnerOpt=Stubborn, post=post, defaults={"level": 2})
+    for closure, level in ((None, 2.0), (None, 2.0), (lambda: None, 3.0)):
+        optim.step(closure)
+        assert_close(param.detach(), torch.full((3,), level))
+
+
+@pytest.mark.parametrize("make", [wrapped, attached])
+@pytest.mark.parametrize(("key", "value"), [("scale.factor", 3), ("param_ndim", 1)])
+def test_values_that_come_back_after_a_step_that_failed(make: Callable[..., Any], key: str, value: Any) -> None:
+    param = nn.Parameter(torch.zeros(3, 3))
+    optim = make([param], pre=chain(scale(0.5), clip_by_norm(1.0)), lr=1.0)
+    group = optim.param_groups[0]
+    good = dict(group)
+    for _ in range(3):
+        set_grad(param, 2.0)
+        before = param.detach().clone()
+        optim.step()
+        assert_close(before - param.detach(), torch.full((3, 3), 1 / 3))
+        group |= {key: value, "clip_by_norm.max_norm": -1.0}
+        with pytest.raises(ValueError, match="max_norm"):
+            optim.step()
+        group |= good
+
+
+@pytest.mark.parametrize("make", [wrapped, attached])
+def test_a_step_that_only_makes_states_completes_the_groups(make: Callable[..., Any]) -> None:
+    param, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optim = make([param], pre=chain(ema(0.9), clip_by_norm(1.0)), lr=0.0)
+    optim.param_groups.append(SGD([other], lr=0.0).param_groups[0])
+    for each in (param, other):
+        set_grad(each, 0.0)
+    optim.step()
+    assert optim.param_groups[1].items() >= {"ema.decay": 0.9, "clip_by_norm.max_norm": 1.0, "param_ndim": None}.items()
 
 
 # Gradients that transforms have nothing to do with

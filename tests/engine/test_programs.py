@@ -82,6 +82,24 @@ def test_fake_tensors_before_and_after_real_ones(shapes: list[tuple[int, ...]]) 
     assert_close(updates(make_optimizer(shapes, pre)), expected)
 
 
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_fake_tensors_outside_of_their_mode(shapes: list[tuple[int, ...]]) -> None:
+    with FakeTensorMode():
+        optimizer = make_optimizer(shapes, chain(scale(0.7), lambda tensor, group: 2 * tensor))
+    updates(optimizer)
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (4,)], [(3, 1), (4, 2)], [(5,)]])
+def test_numbers_that_differ_from_tensor_to_tensor(shapes: list[tuple[int, ...]]) -> None:
+    def by_size(tensor: Tensor, group: Group) -> Tensor:
+        result: Tensor = tensor * (group["k"] * tensor.numel()) + (tensor.numel() + group["k"])
+        return result
+
+    optimizer = make_optimizer(shapes, by_size, defaults={"k": 0.5})
+    expected = [by_size(param.grad.clone(), {"k": 0.5}) for param in optimizer.param_groups[0]["params"]]
+    assert_close(updates(optimizer), expected)
+
+
 @pytest.mark.parametrize("param_ndim", [None, 1])
 def test_a_quotient_by_one_is_left_out(param_ndim: int | None) -> None:
     def clip(tensor: Tensor, group: Group) -> Tensor:
