@@ -246,18 +246,18 @@ class Engine:
         """Give the groups the keys that they lack."""
         complete_groups(self.owner.param_groups, self.owner._own_defaults)
 
-    def check_groups(self) -> bool:
-        """Complete the groups and check their keys, and return False; or return True if nothing in them has changed.
+    def check_groups(self) -> tuple[ParamTable, bool]:
+        """Complete the groups and check their keys. Return the table of parameters, and whether nothing has changed.
 
-        If they hold the very objects that they held in the last step, the checks are skipped, and plans need not look
-        at the groups either.
+        If the groups hold the very objects that they held in the last step, the checks are skipped, and plans need not
+        look at the groups either.
         """
         known = self._param_table
-        if known is not None and known.is_of(self._owner().inner_opt.param_groups) and known.has_same_contents():
-            return True
+        if known is not None and known.is_of(self.owner.inner_opt.param_groups) and known.has_same_contents():
+            return known, True
         self.complete_groups()
         self.check_keys()
-        return False
+        return self.param_table, False
 
     def check_keys(self) -> None:
         """Raise or warn if a group has got a mistyped key. While no key is new, this only compares sets."""

@@ -92,17 +92,12 @@ class Pass:
     tensors: Sequence[Any]
     context: Mapping[str, Sequence[Any]]
     keeps_states: bool
-    """Whether the old states stay as they are until ``commit``."""
+    """Whether the old states stay as they are until ``commits`` are called."""
     step: int = 1
     """The number of the step, from 1 on; it stays 1 in a compiled graph."""
     commits: list[Callable[[], None]] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
     """What was measured, by the path of the stage that measures."""
-
-    def commit(self) -> None:
-        """Put the new states in place of the old ones."""
-        for commit in self.commits:
-            commit()
 
 
 class SkippedStep(Exception):  # noqa: N818 # not an error: it ends the inner step

@@ -26,9 +26,8 @@ class Step:
     def __init__(self, engine: Engine, *, with_closure: bool = False) -> None:
         self.engine = engine
         self.owner = engine.owner
-        self.same_groups = engine.check_groups()
+        self.param_table, self.same_groups = engine.check_groups()
         engine.synced_states()
-        self.param_table = engine.param_table
         self.number = engine.steps + 1
         self.passes: list[Pass] = []
         self.plans: dict[str, Plan] | None = None
@@ -99,7 +98,7 @@ class Step:
             with torch.enable_grad():
                 loss = closure()
             self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
-            self.same_groups = self.engine.check_groups()
+            _, self.same_groups = self.engine.check_groups()
             self.make_plans()
             try:
                 self.transform_grads()
@@ -120,10 +119,11 @@ class Step:
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
         if self.plans is None:  # the closure was not called
-            self.same_groups = self.engine.check_groups()
+            _, self.same_groups = self.engine.check_groups()
             self.make_plans()
-        self.transform_update()
-        self.transform_params()
+        if (self.plans or {}).keys() - {"pre"} or self.owner._hooked_slots:
+            self.transform_update()
+            self.transform_params()
         self.commit()
 
     def transform_update(self) -> None:
@@ -156,7 +156,8 @@ class Step:
     def install_states(self) -> None:
         """Put the new states in place of the old ones."""
         for each in self.passes:
-            each.commit()
+            for commit in each.commits:
+                commit()
         self.passes = []
 
     def commit(self) -> None:
@@ -165,7 +166,8 @@ class Step:
         self.engine.steps += 1
         self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()
-        self.engine.states.share_with(self.owner.inner_opt)
+        if self.engine.states.by_param:
+            self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -343,8 +343,7 @@ class Guards(NamedTuple):
 
     def hold(self, *, same_groups: bool) -> bool:
         """Whether all is as it was; ``same_groups`` says that the groups are known to be."""
-        asked = self.others if same_groups else self.others + self.groups
-        return not asked or all(holds() for holds in asked)
+        return all(holds() for holds in (self.others if same_groups else self.others + self.groups))
 
 
 def guards_of(traced: Iterable[tuple[SlotTensor, Traced]]) -> Guards:
