@@ -19,7 +19,9 @@ from benchmarks.sides import Ours, Side
 from benchmarks.workloads import alike
 
 SHORTEST_SAMPLE = 2e-3  # seconds: a faster step is repeated within a sample
-LONGEST_HALF = 1.5  # seconds: a slow case has fewer repetitions in each of its halves
+ROUNDS = 6  # in each of which both sides are made anew; slow cases have two
+LONGEST_ROUND = 0.5  # seconds: a slow case has fewer repetitions in each round
+LONGEST_CASE = 6.0  # seconds, after which no more rounds begin
 FEWEST_REPETITIONS = 3
 
 MEMORY_WORKLOAD = alike(16, 2048, 2048)
@@ -44,18 +46,23 @@ def compare(
 ) -> tuple[Times, Times]:
     """Time both, in turns, after a check that they do the same and a warm-up.
 
-    Gradients are fresh in each step; copying them is not timed. In the second half of the repetitions both are made
-    anew, in the other order: steps in the memory that comes first can take 5 % longer.
+    Gradients are fresh in each step; copying them is not timed. Where tensors are in memory can change the time of a
+    step by 5 %. So both sides are made anew in several rounds, in the one order and the other, and elsewhere in memory.
     """
     samples: tuple[list[float], list[float]] = ([], [])
-    for half, order in enumerate(((0, 1), (1, 0))):
+    elsewhere = []
+    start = time.perf_counter()
+    for number in range(ROUNDS):
+        if number >= 2 and number % 2 == 0 and time.perf_counter() - start > LONGEST_CASE:
+            break
         gc.collect()
-        made = {index: (make_ours, make_theirs)[index]() for index in order}
+        elsewhere.append(torch.empty(1000 * (number + 1)))
+        made = {index: (make_ours, make_theirs)[index]() for index in ((0, 1) if number % 2 else (1, 0))}
         for side in made.values():
             side.step()
-        if same_numbers and half == 0:
+        if same_numbers and number == 0:
             _require_equal(made[0], made[1])
-        _interleave((made.pop(0), made.pop(1)), samples, math.ceil(repetitions / 2), device)
+        _interleave((made.pop(0), made.pop(1)), samples, math.ceil(repetitions / ROUNDS), device)
     return Times.of(samples[0]), Times.of(samples[1])
 
 
@@ -69,7 +76,7 @@ def _interleave(
     gc.disable()
     start = time.perf_counter()
     for repetition in range(repetitions):
-        if time.perf_counter() - start > LONGEST_HALF and repetition >= FEWEST_REPETITIONS:
+        if time.perf_counter() - start > LONGEST_ROUND and repetition >= FEWEST_REPETITIONS:
             break
         for index in (0, 1) if repetition % 2 else (1, 0):
             samples[index].append(_sample(sides[index], steps, device))
