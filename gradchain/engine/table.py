@@ -58,7 +58,7 @@ TAKES_SCALARS = frozenset({"add", "mul", "div"})
 """Operations that ``torch._foreach_*`` has with one tensor without dimensions for the whole list, too."""
 
 NUMBERS_ARE_SLOW = frozenset({"add", "sub", "mul", "div"})
-"""Operations for which torch makes a tensor of a number each time, which takes longer than a small operation."""
+"""Operations for which torch makes a tensor of a number in each call, which takes longer than a small operation."""
 
 TAKES_NUMBERS = frozenset({"where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_or", "bitwise_and"})
 """Functions of torch that take a number in place of a tensor, unlike the operation of the same name."""

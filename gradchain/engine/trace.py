@@ -194,8 +194,8 @@ def _without_waste(trace: Trace) -> Trace:
     known: dict[Any, Call] = {}
     calls: list[Call] = []
     used = {number for call in trace.calls for number in call.references()}
-    plain = {Ref(c.results[0]): c.args[0] for c in trace.calls if c.name == "_to_copy"}
-    """Numbers that ``torch.func.vmap`` has made tensors of."""
+    # Under torch.func.vmap, a number is a tensor that is made of it.
+    plain = {Ref(call.results[0]): call.args[0] for call in trace.calls if call.name == "_to_copy"}
     for call in trace.calls:
         call = _with_same(call, same)
         key = call.target, str((call.args, call.kwargs))
