@@ -269,5 +269,5 @@ class SlotPlans:
             and self.param_table is param_table
             and self.grad_forms.are_of(grads)
             and (self.param_forms is None or self.param_forms.are_of(param_table.params))
-            and ((same_groups and not self.guards.others) or self.guards.hold(same_groups=same_groups))
+            and self.guards.hold(same_groups=same_groups)
         )

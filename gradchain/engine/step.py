@@ -57,6 +57,11 @@ class Step:
             self._make_grads_writable()
         return plans
 
+    def _make_plans_anew(self) -> None:
+        """Make the plans after the closure or the inner step, which can have changed the groups."""
+        _, self.same_groups = self.engine.check_groups()
+        self.make_plans()
+
     @torch.no_grad()
     def _make_grads_writable(self) -> None:
         hooked, pre = "pre" in self.owner._hooked_slots, self.plans.get("pre") if self.plans else None
@@ -98,8 +103,7 @@ class Step:
             with torch.enable_grad():
                 loss = closure()
             self.passes.clear()  # each evaluation starts from the states before the step, which advance once a step
-            _, self.same_groups = self.engine.check_groups()
-            self.make_plans()
+            self._make_plans_anew()
             try:
                 self.transform_grads()
             except SkippedStep as skipped:
@@ -119,11 +123,9 @@ class Step:
     def finish(self) -> None:
         """Do all that comes after the inner step, and keep the new states."""
         if self.plans is None:  # the closure was not called
-            _, self.same_groups = self.engine.check_groups()
-            self.make_plans()
-        if (self.plans or {}).keys() - {"pre"} or self.owner._hooked_slots:
-            self.transform_update()
-            self.transform_params()
+            self._make_plans_anew()
+        self.transform_update()
+        self.transform_params()
         self.commit()
 
     def transform_update(self) -> None:
@@ -166,8 +168,7 @@ class Step:
         self.engine.steps += 1
         self.engine.signals.clear()  # a loss of an earlier step must not pass for that of a later one
         self.engine.states.new.clear()
-        if self.engine.states.by_param:
-            self.engine.states.share_with(self.owner.inner_opt)
+        self.engine.states.share_with(self.owner.inner_opt)
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -10,12 +10,7 @@ from torch.testing import assert_close
 
 from gradchain import Group, ParamTransformingOptimizer, Transform, add, chain, clamp, clip_by_norm, scale
 from gradchain.engine.table import scalar, scalars
-
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "in lists": [(4, 3), (3, 4)],
-    "stacked": [(3, 3)] * 5,
-    "one by one": [(4, 4)],
-}
+from tests.engine.test_functions import SHAPES
 
 
 def make_optimizer(shapes: list[tuple[int, ...]], pre: Transform, **arguments: Any) -> ParamTransformingOptimizer:
